@@ -1,0 +1,78 @@
+"""The contract between a plan and its passes: parts of a model, facts read from them, and the one-method Pass.
+
+A pass never names another pass. It says which facts it needs, which it gives and which parts of the model it touches;
+that a fact has gone stale is derived: it was read from a part that a later pass touched.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+if TYPE_CHECKING:
+    from compress.state import State
+
+
+class Part(enum.Flag):
+    """What a pass may change in a model."""
+
+    NONE = 0
+    SHAPE = enum.auto()
+    VALUES = enum.auto()
+    FORMAT = enum.auto()
+
+
+@dataclass(frozen=True)
+class Fact:
+    """Something known about a model, and the parts of the model it was read from."""
+
+    name: str
+    read_from: Part
+    meaning: str
+
+
+TEACHER = Fact("teacher", Part.NONE, "the dense model that recovery imitates and speed is compared with")
+STATISTICS = Fact("statistics", Part.SHAPE | Part.VALUES, "Gram matrices of the inputs of the prunable projections")
+
+FACTS = {fact.name: fact for fact in (TEACHER, STATISTICS)}
+
+
+class Options(BaseModel):
+    """Options as they stand in a plan: frozen, and nothing unknown is taken."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Pass(Options):
+    """One step of a plan: its fields are its YAML options, its class attributes its contract.
+
+    A contract that depends on the options is written as a property of the same name. `version` goes into the cache
+    key and is raised when a pass computes something else from the same options.
+    """
+
+    version: ClassVar[int] = 1
+    requires: ClassVar[frozenset[Fact]] = frozenset()
+    provides: ClassVar[frozenset[Fact]] = frozenset()
+    keeps: ClassVar[frozenset[Fact]] = frozenset()
+    touches: ClassVar[Part] = Part.NONE
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """Names of the models it yields, in order; the empty name says that the branch goes on as it was."""
+        return ("",)
+
+    def run(self, state: State) -> Iterator[State]:
+        """Yield one state per name in `branches`; the state given is the pass's own to change."""
+        raise NotImplementedError
+        yield state
+
+
+def stale_after(step: Pass, facts: frozenset[Fact]) -> frozenset[Fact]:
+    """Those of `facts` that no longer hold once `step` has run."""
+    return frozenset(
+        fact for fact in facts if fact.read_from & step.touches and fact not in step.keeps | step.provides
+    )
