@@ -51,7 +51,8 @@ class Pass(Options):
     """One step of a plan: its fields are its YAML options, its class attributes its contract.
 
     A contract that depends on the options is written as a property of the same name. `version` goes into the cache
-    key and is raised when a pass computes something else from the same options.
+    key and is raised when a pass computes something else from the same options. A pass that `merges` may follow
+    several steps.
     """
 
     version: ClassVar[int] = 1
@@ -59,6 +60,7 @@ class Pass(Options):
     provides: ClassVar[frozenset[Fact]] = frozenset()
     keeps: ClassVar[frozenset[Fact]] = frozenset()
     touches: ClassVar[Part] = Part.NONE
+    merges: ClassVar[bool] = False
 
     @property
     def branches(self) -> tuple[str, ...]:
@@ -73,6 +75,4 @@ class Pass(Options):
 
 def stale_after(step: Pass, facts: frozenset[Fact]) -> frozenset[Fact]:
     """Those of `facts` that no longer hold once `step` has run."""
-    return frozenset(
-        fact for fact in facts if fact.read_from & step.touches and fact not in step.keeps | step.provides
-    )
+    return frozenset(fact for fact in facts if fact.read_from & step.touches and fact not in step.keeps | step.provides)
