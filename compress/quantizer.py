@@ -1,0 +1,78 @@
+"""The quantizer by which transformers loads cut models: it reads the record in config.json and reshapes the modules.
+
+No weight is quantized. The quantizer registry is transformers' public place for reshaping modules before weights are
+loaded; once they are, the model is made an ordinary one again, free to be trained, cast, cut and saved. This module
+is imported while transformers itself still is, so nothing at its top may need whole transformers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from compress.errors import LayoutError
+from compress.families import dense_layout
+from compress.layout import RECORD, VERSION, prefix_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class HfCompressConfig(QuantizationConfigMixin):
+    """The record of cuts while a model is loaded: `sizes` of the cut axes, and the origins of the `blocks` left."""
+
+    def __init__(
+        self,
+        sizes: Mapping[str, int] | None = None,
+        blocks: Mapping[str, list[int]] | None = None,
+        version: int = VERSION,
+        quant_method: str = RECORD,
+    ) -> None:
+        if version != VERSION:
+            raise LayoutError(
+                f"config.json: the record of cuts has version {version}; this hf-compress reads {VERSION}"
+            )
+        self.quant_method = quant_method  # type: ignore[assignment]  # the base class knows only its own methods
+        self.version = version
+        self.sizes = dict(sizes or {})
+        self.blocks = dict(blocks or {})
+
+
+class HfCompressQuantizer(HfQuantizer):
+    """Cuts the empty modules to the sizes in the record, so that the weights fit."""
+
+    is_trainable = True
+    is_qat_trainable = True
+    is_compileable = True
+
+    def is_serializable(self) -> bool:
+        """A cut model can be saved as any other."""
+        return True
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        record = self.quantization_config.to_dict()
+        model.config.quantization_config = copy.deepcopy(record)
+        layout, prefix = dense_layout(model), prefix_of(model)
+        for name, size in record["sizes"].items():
+            layout = layout.cut(model, prefix + name, range(size))
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        from transformers import PreTrainedModel
+
+        self.remove_quantization_config(model)
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                module.config.quantization_config = self.quantization_config.to_dict()
+                vars(module.config).pop("_is_quantized", None)
+
+
+def register() -> None:
+    """Enter both classes in transformers' registry, where they aren't there already."""
+    if RECORD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(RECORD)(HfCompressConfig)
+        register_quantizer(RECORD)(HfCompressQuantizer)
