@@ -1,0 +1,76 @@
+"""Runs: the batches of a split through a model and its teacher, and what is alike between their outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from compress.data import Data
+from compress.evaluate.metrics import Columns, Measure
+from compress.progress import track
+
+Batch = Mapping[str, Tensor]
+Measured = tuple[Columns, dict[str, Measure]]  # numbers per row, and the scores to take from them
+
+
+@dataclass(frozen=True)
+class Run:
+    """What goes through a model, and a teacher where there is one, in one evaluation."""
+
+    model: PreTrainedModel
+    teacher: PreTrainedModel | None
+    data: Data
+    split: str
+    batch_size: int
+
+    def columns(self, measure: Callable[[Sequence[int], Batch, Any, Any], dict[str, Tensor]]) -> dict[str, np.ndarray]:
+        """Join what `measure(numbers, batch, outputs, teacher's)` gives per sequence, in their order."""
+        order = self.data.order(self.split, self.batch_size)
+        parts: list[dict[str, Tensor]] = []
+        for numbers in track(order, "evaluating", len(order)):
+            batch = {name: part.to(self.model.device) for name, part in self.data.batch(self.split, numbers).items()}
+            parts.append(measure(numbers, batch, self.forward(self.model, batch), self.forward(self.teacher, batch)))
+        places = np.argsort(np.concatenate(order))
+        return {name: torch.cat([part[name] for part in parts]).cpu().numpy()[places] for name in parts[0]}
+
+    def forward(self, model: PreTrainedModel | None, batch: Batch) -> Any:
+        """The outputs of a model for a batch without its labels; None of no model."""
+        if model is None:
+            return None
+        names = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch]
+        extras = {"use_cache": False} if self.data.task.name == "text-generation" else {}
+        return model(**{name: batch[name].to(model.device) for name in names}, **extras)
+
+
+def embed(outputs: Any, attention_mask: Tensor) -> Tensor:
+    """Mean of the last hidden states (batch, length, hidden) over real tokens, scaled to length 1: (batch, hidden)."""
+    mask = attention_mask.unsqueeze(-1).to(outputs.last_hidden_state.dtype)
+    mean = (outputs.last_hidden_state * mask).sum(1) / mask.sum(1).clamp(min=1)
+    return functional.normalize(mean, dim=-1)
+
+
+def likeness(logits: Tensor, taught: Tensor) -> tuple[Tensor, Tensor]:
+    """Whether the likeliest class is the teacher's, and KL(teacher, model) in nats; both over the last axis."""
+    ours, theirs = logits.float().log_softmax(-1), taught.to(logits.device).float().log_softmax(-1)
+    return (ours.argmax(-1) == theirs.argmax(-1)).float(), (theirs.exp() * (theirs - ours)).sum(-1)
+
+
+@contextmanager
+def inference(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode without gradients; the mode of every module is put back afterwards."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
