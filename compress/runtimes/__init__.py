@@ -1,0 +1,35 @@
+"""The runtimes a model can be deployed in, and how to tell which one an artifact on disk is for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from compress.errors import TargetError
+from compress.runtimes.base import Artifact, Runtime, Session
+from compress.runtimes.examples import example_inputs
+from compress.runtimes.onnx import OnnxRuntime
+from compress.runtimes.torch import TorchRuntime
+from compress.target import Target
+
+__all__ = ["RUNTIMES", "Artifact", "Runtime", "Session", "example_inputs", "open_artifact", "runtime_of"]
+
+RUNTIMES: dict[str, Runtime] = {"onnxruntime": OnnxRuntime(), "torch": TorchRuntime()}
+
+
+def runtime_of(path: Path) -> Runtime:
+    """The runtime whose artifact `path` is; raises TargetError where it is none's."""
+    path = Path(path)
+    if not path.exists():
+        raise TargetError(f"{path}: no such file or folder; expected a model folder or an .onnx file")
+    for runtime in RUNTIMES.values():
+        if runtime.holds(path):
+            return runtime
+    met = ", ".join(sorted(file.name for file in path.iterdir())[:8]) if path.is_dir() else "a file"
+    raise TargetError(
+        f"{path}: holds {met or 'nothing'}; expected model.onnx, or config.json with .safetensors, or an .onnx file"
+    )
+
+
+def open_artifact(path: Path, target: Target) -> Session:
+    """Open an artifact in its own runtime, on the target's device with the target's threads."""
+    return runtime_of(path).open(Path(path), target)

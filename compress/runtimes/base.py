@@ -1,0 +1,96 @@
+"""What every runtime answers to: is it here, build an artifact, is this one of yours, open it."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from compress.errors import TargetError
+from compress.target import Target
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A model as it left the house: what and where it is, its size, digest and worst difference from the model."""
+
+    kind: str
+    path: str
+    bytes: int
+    sha256: str
+    worst_error: float
+
+    @classmethod
+    def of(cls, kind: str, folder: Path, worst_error: float) -> Artifact:
+        """Describe what lies in `folder`."""
+        files = [file for file in folder.rglob("*") if file.is_file()]
+        return cls(kind, str(folder), sum(file.stat().st_size for file in files), digest_of(folder), worst_error)
+
+    def intact(self) -> bool:
+        """Whether the artifact is still there as it was written."""
+        return Path(self.path).is_dir() and digest_of(Path(self.path)) == self.sha256
+
+
+def digest_of(folder: Path) -> str:
+    """SHA-256 over the names and contents of all files in a folder, as hexadecimal digits."""
+    total = hashlib.sha256()
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with file.open("rb") as content:
+            inner = hashlib.file_digest(content, "sha256").hexdigest()
+        total.update(f"{file.relative_to(folder).as_posix()} {inner}\n".encode())
+    return total.hexdigest()
+
+
+class Session(ABC):
+    """An artifact opened for running; called with tensors or arrays by input name, it gives arrays by output name."""
+
+    @abstractmethod
+    def __call__(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Run once and return when all outputs are there."""
+
+    @abstractmethod
+    def example(self, batch: int, sequence: int) -> dict[str, np.ndarray]:
+        """Inputs the artifact takes, of the given shape where it leaves the shape open; always the same values."""
+
+
+class Runtime(ABC):
+    """A program that runs models; the artifacts are files that the user deploys."""
+
+    name: ClassVar[str]
+    package: ClassVar[str]
+
+    def missing(self) -> str | None:
+        """How to get the runtime, where it isn't installed."""
+        if find_spec(self.package) is not None:
+            return None
+        return f"runtime '{self.name}' needs the package '{self.package}'; expected it here: pip install 'hf-compress'"
+
+    def require(self) -> None:
+        """Raise TargetError where the runtime isn't installed."""
+        if missing := self.missing():
+            raise TargetError(missing)
+
+    @abstractmethod
+    def holds(self, path: Path) -> bool:
+        """Whether `path` is an artifact of this runtime."""
+
+    @abstractmethod
+    def build(self, model: PreTrainedModel, inputs: Mapping[str, Tensor], folder: Path, dynamic: bool = True) -> Path:
+        """Write the model as an artifact into `folder` and return what `open` takes.
+
+        With `dynamic`, batch size and sequence length stay open; raises ExportError where the model can't be written.
+        """
+
+    @abstractmethod
+    def open(self, path: Path, target: Target) -> Session:
+        """Open an artifact on the target's device with the target's threads; raises TargetError where it can't be."""

@@ -1,0 +1,233 @@
+"""ONNX Runtime: models written by transformers' ONNX exporter with the fusions that make the graph fast there.
+
+Plain exports run at half the speed, so the graph is fused for the provider. The dynamic dimensions are named
+explicitly: the export is then twice as fast, and inputs that share a dimension share it in the graph as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from compress.errors import ExportError, TargetError
+from compress.progress import say
+from compress.runtimes.base import Runtime, Session
+from compress.runtimes.examples import longest_sequence
+from compress.target import Target
+
+if TYPE_CHECKING:
+    import onnx_ir
+    from onnxruntime import InferenceSession
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+FILE = "model.onnx"
+PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+DYNAMIC = {  # inputs by name: which of their dimensions stay open, and the name of each
+    **dict.fromkeys(("input_ids", "attention_mask", "token_type_ids"), ("batch", "sequence")),
+    **dict.fromkeys(("decoder_input_ids", "decoder_attention_mask"), ("batch", "decoder_sequence")),
+    **dict.fromkeys(("pixel_values", "input_features"), ("batch",)),
+}
+INTEGERS = {"tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(bool)": np.bool_}
+LARGEST_BATCH = 4096
+# What torch.export and the translation to ONNX raise for a model they can't take.
+FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError, AssertionError)
+
+
+class OnnxSession(Session):
+    """An ONNX file opened in ONNX Runtime."""
+
+    def __init__(self, session: InferenceSession) -> None:
+        self.session = session
+        self.outputs = [output.name for output in session.get_outputs()]
+        self.inputs = session.get_inputs()
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the graph takes one shape only."""
+        return all(isinstance(size, int) for value in self.inputs for size in value.shape)
+
+    def __call__(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Run the graph; inputs that the export found unused are left out."""
+        if lacking := [value.name for value in self.inputs if value.name not in inputs]:
+            raise TargetError(f"onnx: input '{lacking[0]}' is not given; got {', '.join(inputs)}")
+        feed = {value.name: np.asarray(inputs[value.name]) for value in self.inputs}
+        return dict(zip(self.outputs, self.session.run(None, feed), strict=True))
+
+    def example(self, batch: int, sequence: int) -> dict[str, np.ndarray]:
+        """Ones for token ids and masks, zeros for token types, normal numbers for floats."""
+        draw = np.random.default_rng(0)
+        feed: dict[str, np.ndarray] = {}
+        for value in self.inputs:
+            open_sizes = [batch, *[sequence] * (len(value.shape) - 1)]
+            shape = [
+                size if isinstance(size, int) else free for size, free in zip(value.shape, open_sizes, strict=True)
+            ]
+            if value.type == "tensor(float)":
+                feed[value.name] = draw.standard_normal(shape, dtype=np.float32)
+            else:
+                feed[value.name] = np.full(shape, "type" not in value.name, dtype=INTEGERS[value.type])
+        return feed
+
+
+class OnnxRuntime(Runtime):
+    """ONNX Runtime on the CPU or, with its GPU package, on CUDA."""
+
+    name = "onnxruntime"
+    package = "onnxruntime"
+
+    def holds(self, path: Path) -> bool:
+        """An .onnx file or a folder with model.onnx."""
+        return (path / FILE).is_file() or (path.is_file() and path.suffix == ".onnx")
+
+    def build(self, model: PreTrainedModel, inputs: Mapping[str, Tensor], folder: Path, dynamic: bool = True) -> Path:
+        """Write model.onnx (weights in model.onnx.data) and the config; decoders are written without their cache.
+
+        Where a model can't keep batch and sequence open under the names given, the dimensions that torch.export finds
+        are tried, then the shape of `inputs` alone; what was lost is told.
+        """
+        from transformers.exporters import OnnxConfig, OnnxExporter
+
+        if model.device.type != "cpu" or model.training:  # both would show in the graph
+            model = copy.deepcopy(model).eval()
+            model.cpu()
+        given = widened(inputs) if dynamic else dict(inputs)
+        named = OnnxConfig(dynamic_shapes=_dynamic_shapes(model, given), ort_fusions="cpu")
+        found = OnnxConfig(dynamic=True, ort_fusions="cpu")
+        fixed = OnnxConfig(ort_fusions="cpu")
+        reasons = []
+        for config in (named, found, fixed) if dynamic else (fixed,):
+            try:
+                with _quiet(), _uncached(model):
+                    exported = OnnxExporter().export(model, dict(given), config=config)
+                    if config is named:
+                        _name_dimensions(exported.program.graph)
+                    exported.save_pretrained(folder)
+            except FAILURES as error:
+                reasons.append(
+                    f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error) else ''}"
+                )
+                continue
+            if config is fixed and dynamic:
+                shapes = {name: tuple(value.shape) for name, value in given.items()}
+                say(f"onnx: {type(model).__name__} takes only {shapes}, dimensions can't stay open: {reasons[0]}")
+            return folder
+        raise ExportError(f"onnx: {type(model).__name__} can't be exported: {reasons[-1]}")
+
+    def build_module(self, module: nn.Module, inputs: Sequence[Tensor], path: Path) -> Path:
+        """Write one module, called with tensors by position, at the fixed shapes of `inputs`; for timing parts."""
+        import onnx_ir
+        import torch
+        from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
+        from transformers.exporters.utils import apply_patches
+
+        try:
+            # The same patches as for a whole model, so that the part's graph is the one inside the whole.
+            with _quiet(), torch.no_grad(), apply_patches("dynamo"), apply_patches("onnx"):
+                program = torch.onnx.export(module, tuple(inputs), dynamo=True, optimize=True, verbose=False)
+                if program is None:
+                    raise ExportError(f"onnx: {type(module).__name__} gave no graph")
+                fuse_for_onnxruntime(program.model, "cpu")
+                onnx_ir.save(program.model, str(path), external_data=f"{path.name}.data")
+        except FAILURES as error:
+            raise ExportError(f"onnx: {type(module).__name__} can't be exported: {error}") from error
+        return path
+
+    def open(self, path: Path, target: Target) -> OnnxSession:
+        """Open with one pool of `target.threads` threads that doesn't spin: spinning pools slow one another."""
+        self.require()
+        import onnxruntime
+        from onnxruntime.capi import onnxruntime_pybind11_state as raised
+
+        provider = PROVIDERS[target.device]
+        if provider not in (known := onnxruntime.get_available_providers()):
+            raise TargetError(
+                f"{path}: device '{target.device}' needs ONNX Runtime's {provider}, found {known}; "
+                "expected it here: pip install 'hf-compress[cuda]'"
+            )
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = target.threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        file = path / FILE if path.is_dir() else path
+        try:
+            return OnnxSession(onnxruntime.InferenceSession(str(file), options, providers=[provider]))
+        except (
+            raised.Fail,
+            raised.InvalidGraph,
+            raised.InvalidProtobuf,
+            raised.NoSuchFile,
+            raised.NotImplemented,
+        ) as error:
+            raise TargetError(f"{file}: ONNX Runtime can't open it: {error}") from error
+
+
+def widened(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Repeat open dimensions of size 1: torch.export takes a 1 in its example for a constant."""
+    wide = {}
+    for name, value in inputs.items():
+        names = DYNAMIC.get(name, ())
+        wide[name] = value.repeat([2 if i < len(names) and size == 1 else 1 for i, size in enumerate(value.shape)])
+    return wide
+
+
+def _dynamic_shapes(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, dict[int, Any]]:
+    from torch.export import Dim
+
+    length = longest_sequence(model)
+    dims = {"batch": Dim("batch", min=1, max=LARGEST_BATCH)}
+    for name in ("sequence", "decoder_sequence"):
+        dims[name] = Dim(name, min=2, max=length)
+    return {name: {i: dims[dim] for i, dim in enumerate(DYNAMIC.get(name, ()))} for name in inputs}
+
+
+def _name_dimensions(graph: onnx_ir.Graph) -> None:
+    """Give the open dimensions the names that users read, in place of torch's symbols."""
+    import onnx_ir
+
+    names: dict[str, str] = {}
+    for value in graph.inputs:
+        for size, name in zip(value.shape or (), DYNAMIC.get(value.name or "", ()), strict=False):
+            if isinstance(size, onnx_ir.SymbolicDim) and size.value is not None:
+                names[size.value] = name
+    made = [output for node in graph.all_nodes() for output in node.outputs]
+    for value in (*graph.inputs, *made):
+        if value.shape is not None:
+            sizes = [size if isinstance(size, int) else names.get(str(size.value), size) for size in value.shape]
+            value.shape = onnx_ir.Shape(sizes)
+
+
+@contextlib.contextmanager
+def _uncached(model: PreTrainedModel) -> Iterator[None]:
+    """Export without a key-value cache; the config is as it was afterwards."""
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
+    cached = [config for config in configs.values() if getattr(config, "use_cache", False)]
+    try:
+        for config in cached:  # the stacks of an encoder-decoder have configs of their own
+            config.use_cache = False
+        yield
+    finally:
+        for config in cached:
+            config.use_cache = True
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the exporters' progress and version notes, which the user can do nothing about."""
+    level = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)

@@ -1,0 +1,77 @@
+"""PyTorch as a runtime: the artifact is a transformers model folder, run as it is, without compilation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from compress.errors import TargetError
+from compress.runtimes.base import Runtime, Session
+from compress.runtimes.examples import example_inputs
+from compress.target import Target
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+
+class TorchSession(Session):
+    """A transformers model on a device."""
+
+    def __init__(self, model: PreTrainedModel, target: Target) -> None:
+        import torch
+
+        torch.set_num_threads(target.threads)
+        self.model = model.eval()
+        self.model.to(torch.device(target.device))
+
+    def __call__(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Run the model; copying the outputs to the host waits for the device."""
+        import torch
+
+        with torch.inference_mode():
+            given = {name: torch.as_tensor(value).to(self.model.device) for name, value in inputs.items()}
+            outputs = self.model(**given, **uncached(self.model))
+        return {name: value.cpu().numpy() for name, value in outputs.items() if isinstance(value, torch.Tensor)}
+
+    def example(self, batch: int, sequence: int) -> dict[str, np.ndarray]:
+        """Inputs as the model's config describes them."""
+        return {name: value.numpy() for name, value in example_inputs(self.model, None, batch, sequence).items()}
+
+
+class TorchRuntime(Runtime):
+    """Plain PyTorch."""
+
+    name = "torch"
+    package = "torch"
+
+    def holds(self, path: Path) -> bool:
+        """A folder with a config and weights in safetensors."""
+        return (path / "config.json").is_file() and any(path.glob("*.safetensors"))
+
+    def build(self, model: PreTrainedModel, inputs: Mapping[str, Tensor], folder: Path, dynamic: bool = True) -> Path:
+        """Save the model; torch takes every shape, so `inputs` and `dynamic` change nothing."""
+        model.save_pretrained(folder)
+        return folder
+
+    def open(self, path: Path, target: Target) -> TorchSession:
+        """Load the class that the config names."""
+        import torch
+        import transformers
+
+        if target.device == "cuda" and not torch.cuda.is_available():
+            raise TargetError(f"{path}: device 'cuda' asked, torch finds no GPU; expected device: cpu")
+        names = json.loads((path / "config.json").read_text()).get("architectures") or ["none"]
+        architecture = getattr(transformers, names[0], None)
+        if architecture is None:
+            raise TargetError(f"{path}/config.json: architectures names '{names[0]}'; expected a transformers class")
+        return TorchSession(architecture.from_pretrained(path, dtype=getattr(torch, target.dtype)), target)
+
+
+def uncached(model: PreTrainedModel) -> dict[str, bool]:
+    """The argument that keeps a decoder from returning its key-value cache, for models that have one."""
+    return {"use_cache": False} if getattr(model.config.get_text_config(), "use_cache", None) is not None else {}

@@ -1,0 +1,7 @@
+"""What leaves an artifact. One line here makes an exporter known to plans, to `check` and to the laws in the tests."""
+
+from compress.contract import Options
+from exporters.huggingface import HuggingFace
+from exporters.onnx import Onnx
+
+EXPORTERS: dict[str, type[Options]] = {"huggingface": HuggingFace, "onnx": Onnx}

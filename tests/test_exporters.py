@@ -1,0 +1,136 @@
+"""Exporters: what they write is read back, equals the model, and is there whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import transformers
+import yaml
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+
+from compress.errors import ExportError, TargetError
+from compress.families import layout_of
+from compress.runtimes import open_artifact
+from compress.runtimes.onnx import OnnxSession
+from compress.target import Target
+from compress.tasks import TASKS
+from exporters import EXPORTERS
+from tests.conftest import TINY
+
+CARD = {
+    "promised_speedup": 2.0,
+    "parameters": 12345,
+    "quality": {"cosine": 0.98},
+    "steps": [{"pass": "ziplm", "options": {"speedups": [2.0]}}],
+}
+
+
+@pytest.fixture
+def state(tmp_path):
+    model = TINY["bert"].build()
+    layout = layout_of(model)
+    layout = layout.cut(model, "encoder.layer.0.heads", [1])
+    layout = layout.cut(model, "encoder.layer.1.columns", [])
+    source = tmp_path / "somewhere" / "dense-model"
+    (source / "1_Pooling").mkdir(parents=True)
+    (source / "modules.json").write_text(json.dumps([{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Normalize"}]))
+    (source / "1_Pooling" / "config.json").write_text('{"pooling_mode_mean_tokens": true}')
+    words = {"[PAD]": 0, "[UNK]": 1, "word": 2}
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="[UNK]")), pad_token="[PAD]", unk_token="[UNK]"
+    )
+    dense = SimpleNamespace(source=str(source))
+    return SimpleNamespace(
+        model=model, tokenizer=tokenizer, layout=layout, task=TASKS["feature-extraction"], dense=dense, target=Target()
+    )
+
+
+@pytest.mark.parametrize("name", EXPORTERS)
+def test_artifact_is_whole_and_equals_the_model(name, state, tmp_path):
+    folder = tmp_path / "out" / name
+    artifact = EXPORTERS[name]().run(state, folder, CARD)
+    assert artifact.kind == name
+    assert artifact.worst_error < 1e-4
+    assert artifact.bytes == sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    assert [path.name for path in folder.parent.iterdir()] == [name]
+    assert (folder / "1_Pooling" / "config.json").is_file()
+    assert (folder / "tokenizer.json").is_file()
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "bert"
+    inputs = TINY["bert"].example(3, 7)
+    with torch.no_grad():
+        expected = state.model(**inputs).last_hidden_state.numpy()
+    runtime = Target(runtime="onnxruntime" if name == "onnx" else "torch")
+    met = open_artifact(folder, runtime)(inputs)["last_hidden_state"]
+    np.testing.assert_allclose(met, expected, atol=1e-4)
+    assert artifact.intact()
+    (folder / "config.json").write_text("{}")
+    assert not artifact.intact()
+    assert EXPORTERS[name]().run(state, folder, CARD).intact()  # over its own earlier artifact
+
+
+def test_model_card_tells_the_plan_and_no_path(state, tmp_path):
+    artifact = EXPORTERS["huggingface"]().run(state, tmp_path / "out", CARD)
+    assert artifact.worst_error == 0.0
+    text = (tmp_path / "out" / "README.md").read_text()
+    _, front, body = text.split("---\n", 2)
+    assert yaml.safe_load(front)["pipeline_tag"] == "feature-extraction"
+    plan = body.split("```yaml\n")[1].split("```")[0]
+    assert yaml.safe_load(plan) == {"passes": [{"ziplm": {"speedups": [2.0]}}]}
+    assert "| parameters | 12,345 |" in body
+    assert "import compress\nfrom transformers import BertModel" in body
+    assert "dense-model" in body
+    assert "somewhere" not in text
+
+
+@pytest.mark.parametrize("name", EXPORTERS)
+def test_unwritable_place_is_an_export_error(name, state, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.touch()
+    with pytest.raises(ExportError, match="can't be written"):
+        EXPORTERS[name]().run(state, blocked / "out")
+    assert blocked.is_file()
+
+
+@pytest.mark.parametrize("name", EXPORTERS)
+def test_foreign_folders_are_left_alone(name, state, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").touch()
+    with pytest.raises(ExportError, match="no exported model"):
+        EXPORTERS[name]().run(state, tmp_path / "photos")
+    assert (tmp_path / "photos" / "cat.jpg").exists()
+
+
+def test_disagreeing_graph_is_thrown_away(state, tmp_path, monkeypatch):
+    honest = OnnxSession.__call__
+    monkeypatch.setattr(
+        OnnxSession, "__call__", lambda self, inputs: {k: v + 1 for k, v in honest(self, inputs).items()}
+    )
+    with pytest.raises(ExportError, match="'last_hidden_state' differs by 1"):
+        EXPORTERS["onnx"]().run(state, tmp_path / "out" / "onnx")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_disagreeing_weights_are_thrown_away(state, tmp_path, monkeypatch):
+    honest = transformers.BertModel.from_pretrained
+
+    def altered(*args, **kwargs):
+        model = honest(*args, **kwargs)
+        model.embeddings.word_embeddings.weight.data += 1e-6
+        return model
+
+    monkeypatch.setattr(transformers.BertModel, "from_pretrained", altered)
+    with pytest.raises(ExportError, match="reads back otherwise"):
+        EXPORTERS["huggingface"]().run(state, tmp_path / "out" / "model")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_missing_onnxruntime_names_what_to_install(state, tmp_path, monkeypatch):
+    monkeypatch.setattr("compress.runtimes.base.find_spec", lambda name: None)
+    with pytest.raises(TargetError, match="pip install 'hf-compress'"):
+        EXPORTERS["onnx"]().run(state, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,124 @@
+"""Runtimes: an artifact computes what the model computes, on shapes its export never saw."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from compress.errors import TargetError
+from compress.runtimes import RUNTIMES, example_inputs, open_artifact, runtime_of
+from compress.runtimes.onnx import DYNAMIC, OnnxRuntime, widened
+from compress.runtimes.torch import uncached
+from compress.target import Target
+from tests.conftest import TINY
+
+QUICK = ("bert", "llama", "gpt2", "vit")  # one of each kind; the rest of the table takes minutes
+FAMILIES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in TINY]
+ONNX, TORCH = RUNTIMES["onnxruntime"], RUNTIMES["torch"]
+
+
+def assert_same(session, model, inputs):
+    """All outputs agree, at the places that are no padding."""
+    met = session(inputs)
+    with torch.no_grad():
+        outputs = model(**inputs, **uncached(model))
+    expected = {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor)}
+    assert expected.keys() <= met.keys()
+    for name, value in expected.items():
+        found, mask = torch.from_numpy(met[name]), inputs.get("attention_mask")
+        if mask is not None and value.ndim > 2 and value.shape[:2] == mask.shape:
+            value, found = value[mask.bool()], found[mask.bool()]
+        # Logits of tiny models with large weights reach the tens; float32 sums in another order differ by 1e-6 of that.
+        torch.testing.assert_close(found, value, rtol=2e-4, atol=2e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_onnx_equals_torch_on_other_shapes(name, tmp_path):
+    tiny = TINY[name]
+    model = tiny.build()
+    session = open_artifact(ONNX.build(model, tiny.example(2, 9), tmp_path), Target())
+    for value in session.inputs:
+        names = DYNAMIC[value.name]
+        assert value.shape[: len(names)] == list(names)
+    assert_same(session, model, tiny.example(3, 14))
+    assert_same(session, model, tiny.example(1, 6))
+    assert not any("past_key_values" in output for output in session.outputs)
+    assert session(session.example(2, 7)).keys() == set(session.outputs)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_example_of_size_one_stays_open(name):
+    for value in widened(example_inputs(TINY[name].build(), None, 1, 8)).values():
+        assert value.shape[0] == 2
+
+
+def test_export_leaves_the_model_as_it_was(tmp_path):
+    model = TINY["gpt2"].build().train()
+    before = model.config.to_dict()
+    ONNX.build(model, TINY["gpt2"].example(), tmp_path)
+    assert model.training
+    assert model.config.to_dict() == before
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_example_inputs_run_and_repeat(name):
+    model = TINY[name].build()
+    inputs, again = example_inputs(model, None, 2, 9), example_inputs(model, None, 2, 9)
+    assert all(torch.equal(again[key], value) for key, value in inputs.items())
+    with torch.no_grad():
+        model(**inputs)
+    if "input_ids" in inputs and not hasattr(model.config, "relative_attention_num_buckets"):
+        assert example_inputs(model, None, 1, 9999)["input_ids"].shape[1] <= 40
+        model(**example_inputs(model, None, 1, 9999))
+
+
+def test_torch_artifact_equals_the_model(tmp_path):
+    model, inputs = TINY["bert-classifier"].build(), TINY["bert-classifier"].example()
+    session = open_artifact(TORCH.build(model, inputs, tmp_path), Target(runtime="torch"))
+    with torch.no_grad():
+        expected = model(**inputs).logits.numpy()
+    np.testing.assert_array_equal(session(inputs)["logits"], expected)
+    assert session(session.example(2, 5))["logits"].shape == (2, 2)
+
+
+def test_artifacts_are_told_apart_by_their_files(tmp_path):
+    with pytest.raises(TargetError, match="no such file"):
+        runtime_of(tmp_path / "none")
+    with pytest.raises(TargetError, match=r"holds nothing; expected model\.onnx"):
+        runtime_of(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").touch()
+    assert runtime_of(tmp_path) is TORCH
+    (tmp_path / "model.onnx").touch()
+    assert runtime_of(tmp_path) is ONNX
+    assert runtime_of(tmp_path / "model.onnx") is ONNX
+
+
+def test_broken_artifacts_are_named(tmp_path):
+    (tmp_path / "model.onnx").write_text("no graph")
+    with pytest.raises(TargetError, match=r"model\.onnx: ONNX Runtime can't open it"):
+        open_artifact(tmp_path, Target())
+    folder = tmp_path / "torch"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"architectures": ["NoSuchModel"]}')
+    (folder / "model.safetensors").touch()
+    with pytest.raises(TargetError, match="architectures names 'NoSuchModel'"):
+        open_artifact(folder, Target())
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES.values(), ids=RUNTIMES)
+def test_missing_package_names_what_to_install(runtime, monkeypatch):
+    assert runtime.missing() is None
+    monkeypatch.setattr("compress.runtimes.base.find_spec", lambda name: None)
+    with pytest.raises(TargetError, match="pip install 'hf-compress'"):
+        runtime.require()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without a GPU is meant")
+def test_cuda_without_a_gpu_is_an_error(tmp_path):
+    TINY["bert"].build().save_pretrained(tmp_path)
+    with pytest.raises(TargetError, match="device"):
+        TORCH.open(tmp_path, Target(device="cuda"))
+    with pytest.raises(TargetError, match="CUDAExecutionProvider"):
+        OnnxRuntime().open(tmp_path / "model.onnx", Target(device="cuda"))
