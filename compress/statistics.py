@@ -1,0 +1,94 @@
+"""Second moments of what linear layers read, streamed over calibration batches in memory that doesn't grow."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from compress.errors import DataError
+
+Batches = Iterable[Mapping[str, Tensor]]
+
+
+def moments(model: PreTrainedModel, modules: Sequence[str], batches: Batches) -> dict[str, Any]:
+    """Mean and Gram matrix of the inputs ``x`` (in,) of each named linear module, over all tokens but padding.
+
+    Returns, for each module, ``{module}.gram``: mean of ``x x^T`` (in, in), ``{module}.mean``: mean of ``x`` (in,),
+    both float32 and divided by the number of tokens, and ``{module}.count``: that number. Products are float32 for
+    each batch and summed in float64, one matrix a module. Raises DataError where there is no token to read, or where
+    the inputs of a module aren't finite.
+    """
+    sums = {name: _Sums() for name in modules}
+    mask: Tensor | None = None
+
+    def reading(sum_: _Sums) -> Any:
+        return lambda module, inputs: sum_.add_(_tokens(inputs[0].detach(), mask))
+
+    with ExitStack() as hooks, frozen(model):
+        for name, sum_ in sums.items():
+            handle = model.get_submodule(name).register_forward_pre_hook(reading(sum_))
+            hooks.callback(handle.remove)
+        for batch in batches:
+            mask = batch.get("attention_mask")
+            run_body(model, batch)
+    facts: dict[str, Any] = {}
+    for name, sum_ in sums.items():
+        facts |= sum_.facts(name)
+    return facts
+
+
+def run_body(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
+    """The last hidden states (batch, tokens, hidden) of a batch; the logits where body and head are one module."""
+    body: nn.Module = model.base_model
+    known = inspect.signature(body.forward).parameters
+    device = next(body.parameters()).device
+    inputs = {name: value.to(device) for name, value in batch.items() if name in known and name != "labels"}
+    return body(**inputs)[0]
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no gradients inside; the model's own mode again outside."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def _tokens(inputs: Tensor, mask: Tensor | None) -> Tensor:
+    """The inputs (tokens, in) of all tokens but padding; a mask of another length belongs to another stack."""
+    rows = inputs.flatten(end_dim=-2).float()
+    if mask is None or mask.dim() != 2 or mask.numel() != len(rows):
+        return rows
+    return rows[mask.flatten().to(rows.device).bool()]
+
+
+class _Sums:
+    """Running sums over the tokens one module has read."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.gram: Tensor | float = 0.0
+        self.total: Tensor | float = 0.0
+
+    def add_(self, rows: Tensor) -> None:
+        self.count += len(rows)
+        self.gram = (rows.T @ rows).double().add_(self.gram)
+        self.total = rows.sum(0, dtype=torch.float64).add_(self.total)
+
+    def facts(self, name: str) -> dict[str, Any]:
+        if not self.count:
+            raise DataError(f"no calibration token has reached '{name}'; expected at least one batch with text")
+        gram, mean = torch.as_tensor(self.gram) / self.count, torch.as_tensor(self.total) / self.count
+        if not (gram.isfinite().all() and mean.isfinite().all()):
+            raise DataError(f"the inputs of '{name}' are not finite on the calibration text")
+        return {f"{name}.gram": gram.float(), f"{name}.mean": mean.float(), f"{name}.count": self.count}

@@ -1,0 +1,146 @@
+"""Keep a promised speed-up: choose sizes from a table of times, measure the model they make, correct, choose again.
+
+A latency table adds up times of modules measured alone, and the whole model takes a little more or less. So what the
+table doesn't explain is measured after every attempt and taken off the next one's budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from compress.allocate import solve
+from compress.errors import TargetError
+
+if TYPE_CHECKING:
+    from compress.measure import Ratio
+
+Sizes = Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Menu:
+    """What each axis offers: its sizes in ascending order and, for each size, a loss and a time in milliseconds."""
+
+    sizes: Mapping[str, Sequence[int]]
+    losses: Mapping[str, np.ndarray]
+    times: Mapping[str, np.ndarray]
+
+    def search(self, budget: float) -> Sizes:
+        """The sizes of least summed loss that take at most `budget` milliseconds; raises TargetError if none do."""
+        names = list(self.sizes)
+        options = solve([self.losses[name] for name in names], [self.times[name] for name in names], budget)
+        return {name: self.sizes[name][option] for name, option in zip(names, options, strict=True)}
+
+    def uniform(self, budget: float) -> Sizes:
+        """The largest share, kept alike of every axis, that takes at most `budget` milliseconds; or TargetError."""
+        shares = {size / max(sizes) for sizes in self.sizes.values() for size in sizes}
+        for share in sorted(shares, reverse=True):
+            sizes = {name: self._nearest_below(name, share) for name in self.sizes}
+            if self.milliseconds(sizes) <= budget:
+                return sizes
+        raise TargetError(f"no share kept alike of every axis takes {budget:.4g} ms or less")
+
+    def fastest(self) -> Sizes:
+        """The sizes that take the least time."""
+        return {name: sizes[int(np.argmin(self.times[name]))] for name, sizes in self.sizes.items()}
+
+    def milliseconds(self, sizes: Sizes) -> float:
+        """Time of all axes at the given sizes."""
+        return sum(float(self.times[name][self.sizes[name].index(size)]) for name, size in sizes.items())
+
+    def loss(self, sizes: Sizes) -> float:
+        """Summed loss at the given sizes."""
+        return sum(float(self.losses[name][self.sizes[name].index(size)]) for name, size in sizes.items())
+
+    def _nearest_below(self, name: str, share: float) -> int:
+        sizes = self.sizes[name]
+        return max((size for size in sizes if size <= share * max(sizes)), default=min(sizes))
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One choice of sizes: its loss, and how many times faster than the dense model it was thought to be and is."""
+
+    sizes: Sizes
+    loss: float
+    predicted: float
+    measured: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Promise:
+    """A promised speed-up and what was tried to keep it."""
+
+    speedup: float
+    attempts: Sequence[Attempt]
+
+    @property
+    def best(self) -> Attempt:
+        """The attempt of least loss among those that keep the promise; the fastest where none does."""
+        kept = [attempt for attempt in self.attempts if attempt.measured >= self.speedup]
+        if kept:
+            return min(kept, key=lambda attempt: attempt.loss)
+        return max(self.attempts, key=lambda attempt: attempt.measured)
+
+    @property
+    def met(self) -> bool:
+        """Whether the best attempt keeps the promise as measured."""
+        return self.best.measured >= self.speedup
+
+    def figures(self) -> dict[str, Any]:
+        """What a report tells of it, as JSON values."""
+        best, missed = asdict(self.best), []
+        if not self.met:
+            missed.append(f"{self.speedup:g}x was promised; the fastest model found measured {self.best.measured:.3g}x")
+        attempts = [asdict(attempt) for attempt in self.attempts]
+        return {"promised": self.speedup, "met": self.met, **best, "attempts": attempts, "warnings": missed}
+
+
+def pursue(
+    speedup: float,
+    menu: Menu,
+    choose: Callable[[float], Sizes],
+    trial: Callable[[Sizes], Ratio],
+    dense: float,
+    present: float,
+    corrections: int,
+    tolerance: float,
+) -> Promise:
+    """Choose and try sizes until the model is `speedup` times faster than the dense one, and hardly faster than that.
+
+    `dense` and `present` are milliseconds of the dense model and of the one that will be cut. `choose` gives sizes
+    that fit a budget of milliseconds, `trial` builds and measures them. The aim lies a share `tolerance` above the
+    promise, so that noise doesn't break it. Raises TargetError if the table says that no sizes are fast enough; if
+    only a measurement says so, the fastest sizes are tried and the promise may end up missed.
+    """
+    whole = menu.milliseconds({name: max(sizes) for name, sizes in menu.sizes.items()})
+    rate = min(1.0, present / whole)  # a table can't be right that tells more than the whole model takes
+    unexplained = present - rate * whole
+    fastest = menu.fastest()
+    least = unexplained + rate * menu.milliseconds(fastest)
+    if speedup * least > dense:
+        raise TargetError(
+            f"a speed-up of {speedup:g}x is out of reach on this target; the fastest expected is {dense / least:.3g}x"
+        )
+    attempts: list[Attempt] = []
+    for _ in range(1 + corrections):
+        try:
+            sizes = choose((dense / (speedup * (1 + tolerance)) - unexplained) / rate)
+        except TargetError:
+            sizes = fastest
+        if any(attempt.sizes == sizes for attempt in attempts):
+            break
+        expected = unexplained + rate * menu.milliseconds(sizes)
+        ratio = trial(sizes)
+        measured = ratio.value
+        attempts.append(Attempt(dict(sizes), menu.loss(sizes), dense / expected, measured, ratio.low, ratio.high))
+        if speedup <= measured <= speedup * (1 + 3 * tolerance):
+            break
+        unexplained += dense / measured - expected
+    return Promise(speedup, attempts)

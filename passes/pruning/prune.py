@@ -1,0 +1,53 @@
+"""Prune: what ZipLM is compared with, under the same options and the same measured promise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from compress.contract import STATISTICS, TEACHER, Fact
+from passes.pruning.structured import StructuredPruning
+
+if TYPE_CHECKING:
+    from compress.layout import Axis
+    from compress.state import State
+    from passes.pruning.database import Curve, Fit
+    from passes.pruning.promise import Menu, Sizes
+
+
+class Prune(StructuredPruning):
+    """Remove units by a plain `criterion`, sharing the budget among the axes by `allocation`.
+
+    ``magnitude`` takes the units read with the smallest weights, ``random`` any (by `seed`); what stays is left as it
+    is. ``obs`` removes and refits as ZipLM does. ``uniform`` keeps the same share of every axis, ``search`` the sizes
+    of least loss.
+    """
+
+    criterion: Literal["magnitude", "random", "obs"] = "magnitude"
+    allocation: Literal["uniform", "search"] = "uniform"
+    damping: float = Field(default=0.01, gt=0, le=1)
+    seed: int = 0
+
+    @property
+    def requires(self) -> frozenset[Fact]:  # type: ignore[override]
+        """Statistics are for ``obs`` alone."""
+        return frozenset({STATISTICS, TEACHER}) if self.criterion == "obs" else frozenset({TEACHER})
+
+    def curves(self, state: State, axes: Sequence[Axis]) -> tuple[dict[str, Curve], Fit | None]:
+        """The curves by the criterion; only ``obs`` refits."""
+        import numpy as np
+
+        from passes.pruning.database import by_chance, by_magnitude, surgery
+
+        if self.criterion == "obs":
+            return surgery(state, axes, self.damping)
+        if self.criterion == "magnitude":
+            return {axis.name: by_magnitude(state.model, axis) for axis in axes}, None
+        generator = np.random.default_rng(self.seed)
+        return {axis.name: by_chance(axis, generator) for axis in axes}, None
+
+    def choice(self, menu: Menu) -> Callable[[float], Sizes]:
+        """One share for all, or the search."""
+        return menu.uniform if self.allocation == "uniform" else menu.search

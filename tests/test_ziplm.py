@@ -1,0 +1,423 @@
+"""Structured pruning passes: what they cut, what they refit, the speed-up they promise; on a machine made of paper."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+
+import compress.latency
+import compress.measure
+from compress.contract import STATISTICS, TEACHER, Part
+from compress.errors import DataError, LayoutError, TargetError
+from compress.families import layout_of
+from compress.measure import Timing
+from compress.state import State, Teacher, Workshop
+from compress.statistics import moments, run_body
+from compress.target import Target
+from compress.tasks import TASKS
+from passes import PASSES
+from passes.pruning.calibrate import Calibrate, calibration
+from passes.pruning.database import Curve, Fit, cut_to, silence_, surgery
+from passes.pruning.promise import Menu, pursue
+from passes.pruning.prune import Prune
+from passes.pruning.sensitivity import follow, measured_losses
+from passes.pruning.ziplm import ZipLM
+from tests.conftest import TINY
+
+EVERYTHING = 3.0  # milliseconds of a paper model that no axis accounts for
+PER_UNIT = {"heads": 1.0, "columns": 0.1}
+
+
+class Texts:
+    """Calibration text as Data gives it."""
+
+    def __init__(self, tiny, rows=40):
+        self.rows = rows
+        generator = torch.Generator().manual_seed(7)
+        example = tiny.example(rows, 9)
+        self.tensors = {
+            name: torch.randint(3, 50, x.shape, generator=generator) if name.endswith("_ids") else x.clone()
+            for name, x in example.items()
+        }
+
+    def count(self, split):
+        return self.rows if split == "calibration" else 0
+
+    def batches(self, split, size, *, seed=None, drop_last=False):
+        for start in range(0, self.rows, size):
+            yield {name: x[start : start + size] for name, x in self.tensors.items()}
+
+
+class Paper:
+    """A machine whose every unit takes its time, and the whole model `slower` times what the table says."""
+
+    def __init__(self, slower=1.0):
+        self.slower = slower
+        self.built = 0
+
+    def table(self, model, layout, target, inputs, folder):
+        def milliseconds(name, size):
+            return size * PER_UNIT[layout.axes[name].kind]
+
+        return SimpleNamespace(milliseconds=milliseconds, sizes=lambda name: list(range(layout.axes[name].units + 1)))
+
+    def build(self, state, model, folder):
+        units = sum(axis.units * PER_UNIT[axis.kind] for axis in layout_of(model).axes.values())
+        folder.mkdir(parents=True)
+        (folder / "time").write_text(str(EVERYTHING + units * self.slower))
+        self.built += 1
+
+    def measure(self, artifacts, target):
+        return [Timing.of([float((path / "time").read_text())] * 10) for path in artifacts]
+
+
+@pytest.fixture
+def paper(monkeypatch):
+    machine = Paper()
+    monkeypatch.setattr(compress.latency, "table", machine.table)
+    monkeypatch.setattr(compress.measure, "measure", machine.measure)
+    monkeypatch.setattr(State, "build", lambda state, model, folder: machine.build(state, model, folder))
+    return machine
+
+
+def state_of(tiny, folder):
+    """A state of a tiny model with its statistics."""
+    model, task = tiny.build(), TASKS["feature-extraction"]
+    teacher = Teacher("dense", task)
+    teacher.model = tiny.build()
+    state = State(
+        model, None, layout_of(model), task, Target(), Workshop(folder / "step", folder / "run"), teacher, Texts(tiny)
+    )  # fmt: skip
+    readers = sorted({site.module for axis in state.layout.axes.values() for site in axis.readers})
+    state.give(STATISTICS, moments(model, readers, state.data.batches("calibration", 16)))
+    return state
+
+
+@pytest.fixture
+def bert(tmp_path):
+    return state_of(TINY["bert"], tmp_path)
+
+
+def body(state, model=None):
+    with torch.no_grad():
+        return run_body(model or state.model, next(state.data.batches("calibration", 40)))
+
+
+def half(state):
+    return {axis.name: max(axis.least, axis.units // 2) for axis in state.layout.axes.values()}
+
+
+# What is cut and refitted, for every family
+
+
+def test_cut_and_refitted_equals_silenced_and_refitted(tiny, tmp_path):
+    state = state_of(tiny, tmp_path)
+    curves, fit = surgery(state, list(state.layout.axes.values()), 0.01)
+    before = {name: value.clone() for name, value in state.model.state_dict().items()}
+    for sizes in (half(state), {name: axis.least for name, axis in state.layout.axes.items()}):
+        cut = cut_to(state, curves, sizes, fit)
+        assert {name: axis.units for name, axis in cut.layout.axes.items()} == sizes
+        assert all(cut.kept[name] == curves[name].kept(size) for name, size in sizes.items())
+        silenced = tiny.build()
+        for name, size in sizes.items():
+            silence_(silenced, state.layout, name, curves[name].kept(size), fit)
+        torch.testing.assert_close(body(state, cut.model), body(state, silenced), rtol=1e-3, atol=1e-4)
+    assert all(torch.equal(before[name], value) for name, value in state.model.state_dict().items())
+
+
+def test_refitting_brings_every_axis_nearer_to_its_dense_output(tiny, tmp_path):
+    state = state_of(tiny, tmp_path)
+    curves, fit = surgery(state, list(state.layout.axes.values()), 0.01)
+
+    def outputs(model, site):
+        seen = []
+        handle = model.get_submodule(site.module).register_forward_hook(lambda _m, _i, output: seen.append(output))
+        body(state, model)
+        handle.remove()
+        return seen[0]
+
+    for name, axis in state.layout.axes.items():
+        if not axis.block:  # an axis of all blocks also changes what its later readers read
+            continue
+        site, kept = axis.readers[0], curves[name].kept(axis.units // 2)
+        dense, errors = outputs(state.model, site), []
+        for how in (fit, None):
+            model = tiny.build()
+            silence_(model, state.layout, name, kept, how)
+            errors.append((outputs(model, site) - dense).square().mean())
+        assert errors[0] < errors[1], name
+
+
+def test_the_bias_takes_in_the_mean():
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(400, 6, generator=generator).double() + torch.arange(6)
+    layer = torch.nn.Linear(6, 3).double()
+    model = torch.nn.Sequential(layer)
+    before, kept = layer(inputs).detach(), torch.tensor([0, 2, 5])
+    facts = {"0.gram": inputs.T @ inputs / 400, "0.mean": inputs.mean(0)}
+    Fit(facts, 1e-9).refit_(model, SimpleNamespace(module="0"), kept)
+    with torch.no_grad():
+        after = inputs[:, kept] @ layer.weight[:, kept].T + layer.bias
+    ones = torch.cat([inputs[:, kept], torch.ones(400, 1).double()], dim=1)
+    best = ones @ torch.linalg.lstsq(ones, before).solution
+    torch.testing.assert_close(after, best, rtol=1e-5, atol=1e-5)
+
+
+def test_statistics_of_another_model_are_refused(bert):
+    module = bert.layout.axis("encoder.layer.1.columns").readers[0].module
+    bert.facts[STATISTICS.name] = {
+        **bert.facts[STATISTICS.name],
+        f"{module}.gram": torch.eye(5),
+    }
+    with pytest.raises(DataError, match=rf"5 inputs for '{module}'; expected 29"):
+        surgery(bert, list(bert.layout.axes.values()), 0.01)
+
+
+# What an axis is worth to the model
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "t5"])
+def test_measured_losses_rise_and_leave_the_model_alone(name, tmp_path):
+    state = state_of(TINY[name], tmp_path)
+    curves, fit = surgery(state, list(state.layout.axes.values()), 0.01)
+    before = {key: value.clone() for key, value in state.model.state_dict().items()}
+    losses = measured_losses(state.model, state.layout, curves, fit, list(calibration(state.data, 16)))
+    assert all(torch.equal(before[key], value) for key, value in state.model.state_dict().items())
+    for axis in state.layout.axes.values():
+        curve = losses[axis.name]
+        assert curve.shape == (axis.units + 1,)
+        assert curve[0] == 0
+        assert (np.diff(curve) >= 0).all()
+        assert curve[-1] > 0
+
+
+def test_an_axis_that_says_nothing_is_free(bert):
+    name = "encoder.layer.1.columns"
+    with torch.no_grad():
+        bert.model.get_submodule("encoder.layer.1.output.dense").weight.zero_()
+    curves, fit = surgery(bert, list(bert.layout.axes.values()), 0.01)
+    losses = measured_losses(bert.model, bert.layout, curves, fit, list(calibration(bert.data, 16)))
+    assert losses[name].max() == 0
+    assert min(curve[-1] for other, curve in losses.items() if other != name) > 1e-5
+
+
+def test_a_curve_follows_what_was_measured():
+    curve, places, errors = np.array([0.0, 0.1, 0.2, 0.5, 1.0]), np.array([2, 4]), np.array([0.02, 3.0])
+    bent = follow(curve, places, errors)
+    assert bent[places] == pytest.approx(errors)
+    assert bent[0] == 0
+    assert bent[1] == pytest.approx(0.01)  # in proportion below the smallest measured
+    assert (np.diff(bent) > 0).all()
+
+
+# The promise
+
+
+def simple_menu(units=20):
+    sizes = {name: list(range(units + 1)) for name in "ab"}
+    times = {name: np.arange(units + 1.0) for name in "ab"}
+    losses = {"a": np.linspace(1, 0, units + 1) ** 2, "b": 5 * np.linspace(1, 0, units + 1) ** 2}
+    return Menu(sizes, losses, times)
+
+
+def trial_of(truth, dense=50.0):
+    return lambda sizes: SimpleNamespace(value=dense / truth(sizes), low=0.0, high=9.0)
+
+
+TRUTHS = {
+    "as the table says": lambda sizes: 10 + sum(sizes.values()),
+    "slower": lambda sizes: 13 + 1.1 * sum(sizes.values()),
+    "faster": lambda sizes: 8 + 0.8 * sum(sizes.values()),
+}
+
+
+@pytest.mark.parametrize("truth", TRUTHS.values(), ids=TRUTHS)
+@pytest.mark.parametrize("speedup", [1.0, 1.5, 2.0, 2.5])
+@pytest.mark.parametrize("rule", ["search", "uniform"])
+def test_a_promise_within_reach_is_kept_and_hardly_more(truth, speedup, rule):
+    menu = simple_menu()
+    promise = pursue(speedup, menu, getattr(menu, rule), trial_of(truth), 50.0, 50.0, 3, 0.01)
+    assert promise.met
+    assert promise.best.measured >= speedup
+    assert 1 <= len(promise.attempts) <= 4
+    if rule == "search" and speedup > 1:
+        assert promise.best.measured < speedup * 1.15
+    figures = promise.figures()
+    assert json.loads(json.dumps(figures))["promised"] == speedup
+    assert figures["warnings"] == []
+
+
+def test_the_least_loss_among_those_that_keep_it():
+    menu = simple_menu()
+    promise = pursue(2.0, menu, menu.search, trial_of(TRUTHS["faster"]), 50.0, 50.0, 3, 0.01)
+    kept = [attempt for attempt in promise.attempts if attempt.measured >= 2]
+    assert promise.best.loss == min(attempt.loss for attempt in kept)
+    assert len(promise.attempts) > 1
+
+
+def test_out_of_reach_by_the_table_is_an_error_that_tells_the_fastest():
+    menu = simple_menu()
+    with pytest.raises(TargetError, match=r"6x is out of reach.*fastest expected is 5x"):
+        pursue(6.0, menu, menu.search, trial_of(TRUTHS["slower"]), 50.0, 50.0, 3, 0.01)
+
+
+def test_out_of_reach_by_measurement_is_told_as_missed():
+    menu = simple_menu()
+    promise = pursue(4.5, menu, menu.search, trial_of(TRUTHS["slower"]), 50.0, 50.0, 3, 0.01)
+    assert not promise.met
+    assert promise.best.measured == max(attempt.measured for attempt in promise.attempts)
+    assert promise.best.sizes == menu.fastest()
+    (warning,) = promise.figures()["warnings"]
+    assert "4.5x was promised" in warning
+
+
+def test_uniform_keeps_the_same_share():
+    sizes = {"a": list(range(13)), "b": list(range(0, 1537, 32))}
+    menu = Menu(
+        sizes, {n: np.zeros(len(s)) for n, s in sizes.items()}, {n: np.array(s) / max(s) for n, s in sizes.items()}
+    )
+    assert menu.uniform(1.01) == {"a": 6, "b": 768}
+    assert menu.uniform(2.0) == {"a": 12, "b": 1536}
+    with pytest.raises(TargetError):
+        menu.uniform(-1.0)
+
+
+# The passes
+
+
+@pytest.mark.parametrize("slower", [0.8, 1.0, 1.3])
+def test_ziplm_keeps_its_promises(bert, paper, slower):
+    paper.slower = slower
+    before = body(bert)
+    step = ZipLM(speedups=(1.3, 2.0))
+    assert step.branches == ("1.3x", "2x")
+    results = list(step.run(bert))
+    assert len(results) == 2
+    for speedup, result in zip(step.speedups, results, strict=True):
+        figures = json.loads(json.dumps(result.figures))
+        assert figures["promised"] == speedup
+        assert figures["met"] is True
+        assert figures["measured"] >= speedup
+        assert {"predicted", "low", "high", "attempts", "sizes"} <= figures.keys()
+        assert {name: axis.units for name, axis in result.layout.axes.items()} == figures["sizes"]
+        assert body(result).isfinite().all()
+    torch.testing.assert_close(body(bert), before)
+    near, far = (float((body(result) - before).square().mean()) for result in results)
+    assert near < far
+
+
+def test_the_speedup_is_over_the_dense_model_even_if_the_given_one_is_cut_already(bert, paper):
+    (first,) = ZipLM(speedups=(1.5,), prior="relative").run(bert)
+    first.give(STATISTICS, next(Calibrate(samples=40).run(first)).facts["statistics"])
+    (second,) = ZipLM(speedups=(2.0,), prior="relative").run(first)
+    assert 2.0 <= second.figures["measured"] < 2.3
+    for name, kept in second.kept.items():
+        assert set(kept) <= set(first.kept.get(name, range(100)))
+
+
+@pytest.mark.parametrize("prior", ["sensitivity", "relative", "loss"])
+def test_every_prior_gives_a_model(bert, paper, prior):
+    (result,) = ZipLM(speedups=(2.0,), prior=prior).run(bert)
+    assert result.figures["met"]
+
+
+def test_only_the_asked_kinds_shrink(bert, paper):
+    (result,) = ZipLM(speedups=(1.2,), kinds=("columns",)).run(bert)
+    assert all(axis.units == 3 for axis in result.layout.axes.values() if axis.kind == "heads")
+    with pytest.raises(TargetError, match="out of reach"):
+        next(ZipLM(speedups=(3.0,), kinds=("columns",)).run(bert))
+
+
+def test_a_model_with_nothing_left_is_refused(bert, paper):
+    for name in list(bert.layout.axes):
+        bert.cut(name, [])
+    with pytest.raises(LayoutError, match="nothing of kind heads or columns"):
+        next(ZipLM(speedups=(1.2,)).run(bert))
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "search"])
+@pytest.mark.parametrize("criterion", ["magnitude", "random", "obs"])
+def test_prune_under_the_same_promise(bert, paper, criterion, allocation):
+    step = Prune(speedups=(2.0,), criterion=criterion, allocation=allocation)
+    (result,) = step.run(bert)
+    assert result.figures["met"]
+    shares = {name: axis.units / bert.layout.axes[name].units for name, axis in result.layout.axes.items()}
+    if allocation == "uniform":
+        assert max(shares.values()) - min(shares.values()) < 0.34  # three heads can't be shared finer
+    reader = result.layout.axes["encoder.layer.0.columns"].readers[0].module
+    kept = result.kept.get("encoder.layer.0.columns", list(range(29)))
+    if criterion != "obs" and kept:
+        dense = bert.model.get_submodule(reader).weight[:, kept]
+        torch.testing.assert_close(result.model.get_submodule(reader).weight, dense, rtol=0, atol=0)
+
+
+def test_magnitude_removes_the_smallest_and_chance_repeats(bert):
+    axis = bert.layout.axis("encoder.layer.0.columns")
+    curves, fit = Prune(speedups=(2.0,)).curves(bert, [axis])
+    norms = bert.model.get_submodule(axis.readers[0].module).weight.square().sum(0)
+    assert fit is None
+    assert list(curves[axis.name].order) == norms.argsort().tolist()
+    orders = [Prune(speedups=(2.0,), criterion="random", seed=s).curves(bert, [axis])[0] for s in (1, 1, 2)]
+    assert orders[0][axis.name].order == orders[1][axis.name].order != orders[2][axis.name].order
+
+
+def test_calibrate_reads_every_projection(bert):
+    del bert.facts[STATISTICS.name]
+    (result,) = Calibrate(samples=20, batch_size=8).run(bert)
+    assert result.figures == {
+        "samples": 20,
+        "tokens": 20 * 9 - 0 if "attention_mask" not in bert.data.tensors else 20 * 9,
+    }
+    readers = {site.module for axis in bert.layout.axes.values() for site in axis.readers}
+    assert set(result.facts["statistics"]) == {f"{r}.{part}" for r in readers for part in ("gram", "mean", "count")}
+
+
+def test_calibrate_without_text_is_refused(bert):
+    bert.data = None
+    with pytest.raises(DataError, match="calibration"):
+        next(Calibrate().run(bert))
+
+
+def test_curves_keep_the_last_of_their_order():
+    curve = Curve((3, 0, 2, 1), np.array([0.0, 1.0, 2.0, 3.0, 4.0]))
+    assert [curve.kept(size) for size in range(5)] == [[], [1], [1, 2], [0, 1, 2], [0, 1, 2, 3]]
+
+
+# The contract
+
+
+def test_contracts():
+    assert Calibrate().provides == {STATISTICS}
+    assert Calibrate().touches == Part.NONE
+    assert ZipLM(speedups=(2,)).requires == {STATISTICS, TEACHER}
+    assert ZipLM(speedups=(2,)).touches == Part.SHAPE | Part.VALUES
+    assert Prune(speedups=(2,)).requires == {TEACHER}
+    assert Prune(speedups=(2,), criterion="obs").requires == {STATISTICS, TEACHER}
+    assert ZipLM(speedups=(2,)).branches == ("",)
+    assert set(PASSES) == {"calibrate", "ziplm", "prune", "distill", "finetune"}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"speedups": (0.5,)}, "greater than or equal to 1"),
+        ({"speedups": ()}, "at least 1 item"),
+        ({"speedups": (2, 3, 2)}, "2 is listed more than once"),
+        ({"speedups": (2,), "damping": 0}, "greater than 0"),
+        ({"speedups": (2,), "kinds": ("rows",)}, "'heads' or 'columns'"),
+        ({"speedups": (2,), "speed": 1}, "Extra inputs"),
+    ],
+)
+def test_wrong_options_are_told(options, said):
+    with pytest.raises(ValidationError, match=said):
+        ZipLM(**options)
+
+
+def test_the_table_of_passes_is_read_without_torch():
+    code = "import passes, sys; sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'datasets')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
