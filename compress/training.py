@@ -1,0 +1,248 @@
+"""The one training loop: accelerate below, one model and one loss function given, resumable to the same bits.
+
+All that a run is, is a function of its step: data order and dropout are seeded by epoch and step, and the learning rate
+follows the share of the run that is done. So a checkpoint needs the weights, the optimizer's moments, the best weights
+so far and a position, and no random state. A run bounded by `minutes` follows the clock and can't repeat its bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import broadcast, send_to_device
+from torch import Tensor, nn
+
+from compress import snapshot
+from compress.doctor import bf16_pays
+from compress.errors import TrainingError
+from compress.progress import track
+from compress.recipe import TrainingOptions
+from compress.snapshot import Progress, put_weights, weights_of
+
+Batch = Mapping[str, Tensor]
+Batches = Callable[[int], Iterable[Batch]]
+Loss = Callable[[nn.Module, Batch], Tensor | Mapping[str, Tensor]]
+
+CHECKPOINT = "training.safetensors"
+CHECKPOINT_SECONDS = 60.0
+VALIDATIONS = 10  # in a run, where the options don't say how often
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What training did: per validation the step, the mean losses since the one before, and the score."""
+
+    history: list[dict[str, float]]
+    best_step: int
+    best_score: float | None
+    seconds: float
+    steps: int
+
+
+def train(
+    model: nn.Module,
+    batches: Batches,
+    loss: Loss,
+    options: TrainingOptions,
+    *,
+    folder: Path,
+    total_steps: int | None,
+    validate: Callable[[], float] | None = None,
+    what: str = "train",
+) -> TrainingResult:
+    """Train `model` in place and leave it with the weights that validated best, those it came with included.
+
+    `batches` gives the batches of an epoch, the same ones for the same number. `loss` gives a scalar, or named scalars
+    whose sum is trained. `validate` gives a score, lower is better; without it the last weights stay. A checkpoint
+    found in `folder` is gone on from. Raises TrainingError where there is nothing to train, no data, a loss that is
+    not a number, or the checkpoint of another run.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trained:
+        raise TrainingError(f"{what}: no parameter of the model requires a gradient; expected at least one")
+    home, mode = trained[0].device, model.training
+    with torch.random.fork_rng():
+        try:
+            progress = _Run(model, options, folder / CHECKPOINT, total_steps, what).go(batches, loss, validate)
+        finally:
+            model.__dict__.pop("_is_accelerate_prepared", None)  # accelerate would not take the model a second time
+            model.to(home).train(mode)
+    seconds = round(progress.seconds, 2)
+    return TrainingResult(progress.history, progress.best_step, progress.best_score, seconds, progress.step)
+
+
+class _Run:
+    """One run: the accelerator, the optimizer, the progress and the best weights."""
+
+    def __init__(self, model: nn.Module, options: TrainingOptions, path: Path, total: int | None, what: str) -> None:
+        # Parameters that the loss does not reach (a pooler, say) would stall distributed training otherwise.
+        handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+        self.accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[handler])
+        self.bare, self.options, self.path, self.total, self.what = model, options, path, total, what
+        self.model = self.accelerator.prepare_model(model)
+        self.device = self.accelerator.device
+        self.optimizer = _optimizer(model, options)
+        self.bfloat16 = options.precision == "bfloat16" or (options.precision == "auto" and bf16_pays())
+        self.progress = Progress()
+        self.best: snapshot.Weights = {}
+        self.settled = True  # False while weights and progress may disagree
+        shapes = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
+        self.identity = hashlib.sha256(repr((options.model_dump(), total, shapes)).encode()).hexdigest()
+        if path.exists():
+            self.progress, self.best = snapshot.read(path, self.identity, model, self.optimizer)
+        self.started = time.monotonic() - self.progress.seconds
+
+    def go(self, batches: Batches, loss: Loss, validate: Callable[[], float] | None) -> Progress:
+        """Train from where the run stands to its end."""
+        self.model.train(self.options.dropout)
+        if validate and not self.progress.history:
+            self.judge(validate)
+        stream, saved = self.stream(batches), time.monotonic()
+        left = None if self.total is None else self.total - self.progress.step
+        try:
+            for before in track(self.turns(), self.what, left):
+                self.step(stream, loss)
+                if validate and self.due(before, self.share(self.progress.step)):
+                    self.judge(validate)
+                every, waited = self.options.checkpoint_every, time.monotonic() - saved
+                if self.progress.step % every == 0 if every else waited > CHECKPOINT_SECONDS:
+                    self.save()
+                    saved = time.monotonic()
+        except KeyboardInterrupt:
+            if self.settled:
+                self.save()
+            raise
+        if validate and self.progress.history[-1]["step"] != self.progress.step:
+            self.judge(validate)  # the clock ended the run between two validations
+        if validate:
+            put_weights(self.bare, self.best)
+        else:
+            self.progress.best_step = self.progress.step
+        self.progress.seconds = time.monotonic() - self.started
+        return self.progress
+
+    def turns(self) -> Iterator[float]:
+        """Yield the share of the run that is done, until it is done or has stopped gaining."""
+        patience = self.options.patience or math.inf
+        while (share := self.share(self.progress.step)) < 1 and self.progress.gainless < patience:
+            yield share
+
+    def share(self, step: float) -> float:
+        """The share of the run that is done with so many steps, by count or by the clock, whichever is further."""
+        by_count = step / self.total if self.total else 0.0
+        if self.options.minutes is None:
+            return by_count
+        return max(by_count, self.agree(time.monotonic() - self.started) / (60 * self.options.minutes))
+
+    def agree(self, value: float) -> float:
+        """The main process's value, so that all processes decide alike."""
+        return float(broadcast(torch.tensor(value, device=self.device)))
+
+    def due(self, before: float, after: float) -> bool:
+        """Whether a validation falls between two shares of the run."""
+        if self.options.validate_every:
+            return self.progress.step % self.options.validate_every == 0 or after >= 1
+        return int(before * VALIDATIONS) < int(after * VALIDATIONS)
+
+    def stream(self, batches: Batches) -> Iterator[tuple[int, int, Batch]]:
+        """Yield (epoch, batches taken from it, batch) from the present position on, epoch after epoch.
+
+        Every process takes one batch of each whole round, so that all take equally many steps.
+        """
+        epoch, offset = self.progress.epoch, self.progress.offset
+        while True:
+            rounds = zip(*[iter(batches(epoch))] * self.accelerator.num_processes, strict=False)
+            taken = offset
+            for taken, together in enumerate(islice(rounds, offset, None), offset + 1):
+                yield epoch, taken, send_to_device(together[self.accelerator.process_index], self.device)
+            if taken == 0:
+                raise TrainingError(f"{self.what}: the training data has no batch; expected at least one an epoch")
+            epoch, offset = epoch + 1, 0
+
+    def step(self, stream: Iterator[tuple[int, int, Batch]], loss: Loss) -> None:
+        """Take one step: `accumulate` batches, one update."""
+        progress, options, sums = self.progress, self.options, dict(self.progress.sums)
+        rate = options.rate(self.share(progress.step + 0.5))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        for turn in range(options.accumulate):
+            epoch, offset, batch = next(stream)
+            torch.manual_seed(_seed(options.seed, progress.step, turn, self.accelerator.process_index))
+            last = turn == options.accumulate - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                with self.autocast():
+                    given = loss(self.model, batch)
+                parts = dict(given) if isinstance(given, Mapping) else {"loss": given}
+                total = torch.stack(list(parts.values())).sum()
+                values = {name: float(part.detach()) for name, part in {**parts, "loss": total}.items()}
+                self.check(values, rate)
+                self.accelerator.backward(total / options.accumulate)
+            sums = {name: sums.get(name, 0.0) + value for name, value in values.items()}
+        if options.clip:
+            norm = self.accelerator.clip_grad_norm_(self.bare.parameters(), options.clip)
+            self.check({"norm of the gradient": float(norm)}, rate)
+        self.settled = False
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        progress.step, progress.epoch, progress.offset = progress.step + 1, epoch, offset
+        progress.sums, progress.since, progress.last_loss = sums, progress.since + options.accumulate, values["loss"]
+        self.settled = True
+
+    def autocast(self) -> torch.autocast:
+        """Mixed precision, over every model that the loss runs; bfloat16 needs no scaling of the loss."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
+
+    def check(self, values: Mapping[str, float], rate: float) -> None:
+        """Raise TrainingError where a value is not a finite number."""
+        for name, value in values.items():
+            if not math.isfinite(value):
+                good = self.progress.last_loss
+                raise TrainingError(
+                    f"{self.what}: the {name} is {value} at step {self.progress.step + 1} (learning rate {rate:.2e}, "
+                    f"last good loss {'none' if good is None else f'{good:.4g}'}); expected a finite number: "
+                    "lower learning_rate, lengthen warmup, or set precision: float32"
+                )
+
+    def judge(self, validate: Callable[[], float]) -> None:
+        """Validate, write the entry of the history and hold on to the best weights."""
+        progress = self.progress
+        self.model.eval()
+        with torch.no_grad(), self.autocast():
+            score = self.agree(validate())
+        self.check({"validation score": score}, self.options.rate(self.share(progress.step)))
+        self.model.train(self.options.dropout)
+        means = {name: value / progress.since for name, value in progress.sums.items()}
+        progress.history.append({"step": progress.step, **means, "validation": score})
+        progress.sums, progress.since, progress.gainless = {}, 0, progress.gainless + 1
+        if progress.best_score is None or score < progress.best_score:
+            progress.best_step, progress.best_score, progress.gainless = progress.step, score, 0
+            self.best = weights_of(self.bare)
+
+    def save(self) -> None:
+        """Write the checkpoint, from the main process."""
+        self.progress.seconds = time.monotonic() - self.started
+        if self.accelerator.is_main_process:
+            snapshot.write(self.path, self.identity, self.progress, self.bare, self.optimizer, self.best)
+
+
+def _optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.Optimizer:
+    """AdamW that lets vectors (biases and norms) be when it decays weights."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = {"params": [one for one in trained if one.ndim >= 2], "weight_decay": options.weight_decay}
+    vectors = {"params": [one for one in trained if one.ndim < 2], "weight_decay": 0.0}
+    groups = [group for group in (matrices, vectors) if group["params"]]
+    return torch.optim.AdamW(groups, lr=options.learning_rate, fused=True)
+
+
+def _seed(*parts: int) -> int:
+    """A seed for one batch, unlike that of every other."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4])

@@ -1,0 +1,1 @@
+"""Recovery: the passes that train a model, on labels or towards the dense model."""

@@ -1,0 +1,98 @@
+"""Distill: recover a pruned model by training it to do what the dense one does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import TYPE_CHECKING
+
+from pydantic import Field, model_validator
+
+from compress.contract import TEACHER, Options, Part, Pass
+from compress.errors import DataError
+from compress.recipe import TrainingOptions
+
+if TYPE_CHECKING:
+    from compress.state import State
+    from compress.tasks import Task
+
+
+class Weights(Options):
+    """The weight of each loss, by its name in `LOSSES`; `task` is the model's own loss on labelled data."""
+
+    hidden: float = Field(
+        default=0.0, ge=0, description="states after every block, relative to the teacher's (SquareHead)"
+    )
+    tokens: float = Field(default=0.0, ge=0, description="states after every block, squared distance (ZipLM)")
+    logits: float = Field(default=0.0, ge=0, description="divergence of the predictions")
+    embedding: float = Field(default=0.0, ge=0, description="cosine distance of mean-pooled embeddings")
+    task: float = Field(default=0.0, ge=0, description="the model's own loss against the labels")
+
+    @model_validator(mode="after")
+    def _some_weight(self) -> Weights:
+        if not any(self.model_dump().values()):
+            raise ValueError("every loss has a weight of 0; expected one above 0")
+        return self
+
+    @classmethod
+    def fitting(cls, task: Task, labelled: bool) -> Weights:
+        """The weights where a plan gives none; labels help a classifier, a language model is better off without."""
+        if task.name == "feature-extraction":
+            return cls(hidden=1.0, embedding=1.0)
+        return cls(hidden=1.0, logits=1.0, task=1.0 if labelled and not task.packs else 0.0)
+
+
+class Distill(TrainingOptions, Pass):
+    """Train the model towards the teacher's hidden states and predictions, validated by the same loss.
+
+    Without `losses` the weights fit the task. The student keeps the teacher's hidden width; where blocks were
+    dropped, each one left is compared with the one it was. Dropout is off, as the teacher's is.
+    """
+
+    requires = frozenset({TEACHER})
+    touches = Part.VALUES
+
+    learning_rate: float = Field(
+        default=2e-4, gt=0, description="its peak; rises over `warmup`, then falls as a cosine to 0"
+    )
+    dropout: bool = Field(default=False, description="whether the student's dropout is on")
+    losses: Weights | None = Field(default=None, description="weight of each loss; left out, what fits the task")
+    temperature: float = Field(default=1.0, gt=0, description="softens the predictions that are compared")
+    epsilon: float = Field(
+        default=1e-8, gt=0, description="added to the teacher's mean square; the paper's script has 2**-7"
+    )
+    validation_rows: int = Field(default=512, ge=1, description="rows that a validation looks at, drawn once")
+
+    def run(self, state: State) -> Iterator[State]:
+        """Yield the state with the weights of the lowest validation loss."""
+        from compress.training import train
+        from passes.distillation.compare import Comparison
+
+        data = state.data
+        if data is None:
+            raise DataError("distill: the plan has no data; expected some to train on")
+        sample = next(iter(data.batches("train", 1)), {})
+        weights = self.losses or Weights.fitting(state.task, labelled=not sample.keys() <= Comparison.inputs)
+        compare = Comparison(weights.model_dump(), state, self.temperature, self.epsilon)
+        batches = max(1, self.validation_rows // self.batch_size)
+        result = train(
+            compare.student,
+            lambda epoch: data.batches("train", self.batch_size, seed=self.seed + epoch),
+            compare.losses,
+            self,
+            folder=state.workshop.step,
+            total_steps=self.total_steps(data.count("train")),
+            validate=lambda: compare.mean(islice(data.batches("validation", self.batch_size, seed=0), batches)),
+            what="distill",
+        )
+        compare.teacher.to(state.model.device)  # the comparison took it to where the training was
+        state.figures |= {
+            "losses": weights.model_dump(exclude_defaults=True),
+            "loss_before": result.history[0]["validation"],
+            "loss_after": result.best_score,
+            "steps": result.steps,
+            "best_step": result.best_step,
+            "training_seconds": result.seconds,
+            "history": result.history,
+        }
+        yield state
