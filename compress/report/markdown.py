@@ -1,0 +1,112 @@
+"""report.md: the report as text tables, for terminals and code hosts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from compress.report import wording
+from compress.report.schema import Branch, Measured, Report
+
+
+def markdown(report: Report) -> str:
+    """Draw up the text; everything from the report is escaped."""
+    setting = f"Measured with {wording.shape(report) or 'an unnamed setting'}."
+    parts = [
+        f"# {clean(wording.title(report))}: compression report",
+        f"**{clean(wording.verdict(report))}**",
+        clean(f"{setting} The whole run: {wording.duration(report.seconds)}."),
+        "## Results",
+        results(report),
+        "## Quality",
+        quality(report),
+        "## What survived",
+        *map(survivors, report.branches),
+        "## Time line",
+        *map(timeline, report.branches),
+        "## Artifacts",
+        artifacts(report),
+        "## Not done, not reached, in doubt",
+        "\n".join(f"- {clean(text)}" for text in wording.omissions(report)) or "Nothing.",
+        "## Environment",
+        table(("what", "value"), wording.flat(report.environment).items()),
+        "## Plan",
+        fence(wording.plan_text(report)),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def clean(text: str) -> str:
+    """Escape what Markdown or HTML would take for markup, and keep to one line."""
+    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return "".join(f"\\{letter}" if letter in "\\`*_|[]" else letter for letter in text)
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table, or the word that there is nothing to show."""
+    lines = [f"| {' | '.join(map(clean, row))} |" for row in rows]
+    names = list(map(clean, head))
+    return "\n".join([f"| {' | '.join(names)} |", f"|{' --- |' * len(names)}", *lines]) if lines else "Nothing told."
+
+
+def fence(text: str) -> str:
+    """A code block whose fence is longer than any run of backticks inside."""
+    ticks = "```"
+    while ticks in text:
+        ticks += "`"
+    return f"{ticks}yaml\n{text.rstrip()}\n{ticks}"
+
+
+def results(report: Report) -> str:
+    """Speed, latency and size of every model."""
+
+    def row(model: Measured, *speed: str) -> tuple[str, ...]:
+        sizes = wording.scaled(model.parameters, ""), wording.scaled(model.bytes, "B")
+        return (*speed, wording.latency(model.milliseconds), *sizes)
+
+    rows = [row(report.baseline, "dense", "", "1x", "")]
+    for branch in report.branches:
+        speeds = wording.promise(branch), wording.speed(branch), wording.standing(branch)
+        rows.append(row(branch, branch.name, *speeds))
+    return table(("model", "promised", "measured", "outcome", "latency", "parameters", "size"), rows)
+
+
+def quality(report: Report) -> str:
+    """Every metric of every model, before and after recovery, with its interval."""
+    names = wording.metrics(report)
+    rows = [("dense", *(wording.scored(report.baseline, name) for name in names))]
+    for branch in report.branches:
+        if branch.quality_before_recovery:
+            rows.append((f"{branch.name}, before recovery", *(wording.unrecovered(branch, name) for name in names)))
+        rows.append((branch.name, *(wording.scored(branch, name) for name in names)))
+    return table(("model", *names), rows) if names else "Not measured."
+
+
+def survivors(branch: Branch) -> str:
+    """Sizes of every axis of a branch."""
+    rows = [(axis.name, f"{len(axis.kept)}", f"{axis.dense}", wording.fate(axis)) for axis in branch.axes]
+    return f"### {clean(branch.name)}\n\n{table(('axis', 'kept', 'dense', ''), rows)}"
+
+
+def timeline(branch: Branch) -> str:
+    """Steps of a branch in their order."""
+    rows = [
+        (
+            step.name,
+            wording.duration(step.seconds),
+            "kept" if step.kept else "rejected",
+            step.reason or "",
+            "; ".join(f"{name}: {value}" for name, value in wording.details(step).items()),
+        )
+        for step in branch.steps
+    ]
+    return f"### {clean(branch.name)}\n\n{table(('pass', 'took', 'result', 'reason', 'options and figures'), rows)}"
+
+
+def artifacts(report: Report) -> str:
+    """Files that left the run."""
+    rows = [
+        (branch.name, one.kind, one.path, wording.scaled(one.bytes, "B"), one.sha256, wording.error(one.worst_error))
+        for branch in report.branches
+        for one in branch.artifacts
+    ]
+    return table(("model", "kind", "path", "size", "sha256", "worst error"), rows)

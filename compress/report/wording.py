@@ -1,0 +1,260 @@
+"""The words of a report: numbers with sensible units, the verdict in one sentence, and what was not done and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import PurePath
+
+import yaml
+from pydantic import JsonValue
+
+from compress.report.schema import Axis, Branch, Interval, Measured, Report, Step
+
+ABSENT = "not measured"
+LOWER_IS_BETTER = frozenset({"perplexity", "kl", "loss"})
+NAMES = {"onnxruntime": "ONNX Runtime", "torch": "PyTorch", "openvino": "OpenVINO", "cpu": "CPU", "cuda": "CUDA"}
+
+
+def scaled(value: float | None, unit: str) -> str:
+    """Write a count in thousands, millions and so on: ``22.7 M``, ``90.3 MB``."""
+    if value is None:
+        return ABSENT
+    if value < 1000:
+        return f"{value:.0f} {unit}".rstrip()
+    for prefix in ("k", "M", "G", "T"):
+        value /= 1000
+        if value < 999.5 or prefix == "T":
+            break
+    return f"{value:.{digits(value)}f} {prefix}{unit}"
+
+
+def digits(value: float) -> int:
+    """Decimals that leave three figures to a number."""
+    return 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
+
+
+def duration(seconds: float | None) -> str:
+    """Write seconds as a reader would say them: ``0.4 s``, ``48 s``, ``3 min 12 s``, ``1 h 04 min``."""
+    if seconds is None:
+        return ABSENT
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def latency(milliseconds: float | None) -> str:
+    """Write milliseconds with three figures: ``0.412 ms``, ``28.1 ms``, ``1.93 s``."""
+    if milliseconds is None:
+        return ABSENT
+    if milliseconds >= 1000:
+        return f"{milliseconds / 1000:.2f} s"
+    return f"{milliseconds:.{3 if milliseconds < 1 else digits(milliseconds)}f} ms"
+
+
+def figure(value: float | None) -> str:
+    """Write a quality with four significant figures."""
+    if value is None:
+        return ABSENT
+    return f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def interval(limits: Interval | None) -> str:
+    """Write a quality's interval; empty where there is none."""
+    return f"[{figure(limits[0])}, {figure(limits[1])}]" if limits else ""
+
+
+def times(ratio: float | None) -> str:
+    """Write a measured ratio: ``2.03x``."""
+    return ABSENT if ratio is None else f"{ratio:.2f}x"
+
+
+def promise(branch: Branch) -> str:
+    """The speed-up asked for: ``2x``, ``1.5x``, or that none was."""
+    return "none" if branch.promised_speedup is None else f"{branch.promised_speedup:g}x"
+
+
+def speed(branch: Branch) -> str:
+    """The measured speed-up with its interval: ``2.03x [2.01, 2.05]``."""
+    limits = branch.measured_interval
+    return times(branch.measured_speedup) + (f" [{limits[0]:.2f}, {limits[1]:.2f}]" if limits else "")
+
+
+def measured(branch: Branch) -> str:
+    """The measured speed-up as a phrase: ``2.03x [2.01, 2.05] measured``, or that it wasn't."""
+    return ABSENT if branch.measured_speedup is None else f"{speed(branch)} measured"
+
+
+def scored(model: Measured, metric: str) -> str:
+    """A metric of a model with its interval."""
+    return f"{figure(model.quality.get(metric))} {interval(model.quality_interval.get(metric))}".rstrip()
+
+
+def unrecovered(branch: Branch, metric: str) -> str:
+    """A metric of a branch as it was before its recovery, with its interval."""
+    limits = branch.quality_before_recovery_interval.get(metric)
+    return f"{figure(branch.quality_before_recovery.get(metric))} {interval(limits)}".rstrip()
+
+
+def fate(axis: Axis) -> str:
+    """What happened to the axis, in a word or none: removed, whole, shared by blocks."""
+    words = ["removed"] if not axis.kept else ["whole"] if len(axis.kept) == axis.dense else []
+    return ", ".join([*words, *([] if axis.block else ["shared by blocks"])])
+
+
+def error(worst: float | None) -> str:
+    """The worst error of an artifact against its model."""
+    return ABSENT if worst is None else "0, equal to the bit" if worst == 0 else f"{worst:.1e}"
+
+
+def standing(branch: Branch) -> str:
+    """What became of the promise: a word or two."""
+    if branch.promised_speedup is None:
+        return "no promise"
+    return {True: "met", False: "missed", None: "not proved"}[branch.met]
+
+
+def setting(report: Report) -> dict[str, JsonValue]:
+    """The target: with `auto` resolved where the environment tells it, else as the plan has it."""
+    told = report.environment.get("target", report.planned.get("target"))
+    return told if isinstance(told, dict) else {}
+
+
+def where(report: Report) -> str:
+    """Runtime and device, as in ``ONNX Runtime CPU``."""
+    words = [str(setting(report).get(key) or "") for key in ("runtime", "device")]
+    return " ".join(NAMES.get(word, word) for word in words if word) or "the target"
+
+
+def shape(report: Report) -> str:
+    """Everything else about the target, as in ``batch 1, sequence 128, threads 1, dtype float32``."""
+    return ", ".join(f"{key} {value}" for key, value in setting(report).items() if key not in ("runtime", "device"))
+
+
+def title(report: Report) -> str:
+    """The model's name, without its folder."""
+    model = report.planned.get("model")
+    return PurePath(str(model)).name if model else "model"
+
+
+def headline(report: Report) -> str | None:
+    """The metric that the pictures show."""
+    holders: list[Measured] = [report.baseline, *report.branches]
+    return report.headline or next((metric for holder in holders for metric in holder.quality), None)
+
+
+def metrics(report: Report) -> list[str]:
+    """Every metric told anywhere, the headline first."""
+    found = [headline(report), *report.baseline.quality]
+    for branch in report.branches:
+        found += [*branch.quality, *branch.quality_before_recovery]
+    return list(dict.fromkeys(metric for metric in found if metric))
+
+
+def verdict(report: Report) -> str:
+    """The outcome in one sentence; what was missed is said by name."""
+    promised = [branch for branch in report.branches if branch.promised_speedup is not None]
+    if not promised:
+        found = "; ".join(outcome(report, branch) for branch in report.branches)
+        return f"No speed-up was promised: {found or 'there is no compressed model'}."
+    if len(promised) == 1:
+        (only,) = promised
+        return f"{promise(only)} promised, {measured(only)} on {where(report)}: {standing(only)}."
+    met = [branch for branch in promised if branch.met]
+    if len(met) == len(promised):
+        return f"{len(met)} of {len(met)} promised speed-ups met on {where(report)}: {', '.join(map(speed, met))}."
+    missed = [f"{promise(one)} ({speed(one)})" for one in promised if not one.met]
+    return f"{len(met)} of {len(promised)} promised speed-ups met on {where(report)}; missed: {', '.join(missed)}."
+
+
+def outcome(report: Report, branch: Branch) -> str:
+    """What came of a branch without a promise: its speed, its quality, and the dense model's."""
+    metric = headline(report)
+    found = f"{branch.name} {measured(branch)} on {where(report)}"
+    return f"{found}, {metric} {scored(branch, metric)}, dense {scored(report.baseline, metric)}" if metric else found
+
+
+def omissions(report: Report) -> list[str]:
+    """What was not done, not reached or not measured, each with its cause; what branches share is told once."""
+    found = [f"Dense model: {what} {ABSENT}." for what in unmeasured(report.baseline)]
+    found += [f"Dense model: {warning}" for warning in doubts(report.baseline)]
+    for branch in report.branches:
+        if branch.promised_speedup is not None and not branch.met:
+            cause = f"; {branch.cause.rstrip('.')}" if branch.cause else ""
+            found.append(f"{branch.name}: {promise(branch)} promised, {measured(branch)}{cause}.")
+        found += [f"{branch.name}: {what} {ABSENT}." for what in unmeasured(branch)]
+        found += [f"{branch.name}: {warning}" for warning in doubts(branch)]
+        for artifact in branch.artifacts:
+            if artifact.worst_error is None:
+                found.append(f"{branch.name}: worst error of {artifact.path} {ABSENT}.")
+        for step in branch.steps:
+            found += notes(step, branch.name)
+    return list(dict.fromkeys(found))
+
+
+def unmeasured(model: Measured) -> Iterator[str]:
+    """Names of the figures that a model lacks."""
+    for what in ("parameters", "bytes", "milliseconds"):
+        if getattr(model, what) is None:
+            yield what
+    yield from (f"quality ({metric})" for metric, value in model.quality.items() if value is None)
+    if not model.quality:
+        yield "quality"
+
+
+def doubts(model: Measured) -> Iterator[str]:
+    """Why a reader should doubt the figures of a model."""
+    if model.timing and model.timing.quantised:
+        yield "its times snap to steps, so its latency is less sure than the interval says."
+    yield from model.warnings
+
+
+def notes(step: Step, branch: str) -> Iterator[str]:
+    """What a step skipped, was rejected for, or warns of."""
+    if not step.kept:
+        yield f"{branch}: {step.name} rejected; {(step.reason or 'the run gives no reason').rstrip('.')}."
+    for what, reason in step.figures.skipped.items():
+        yield f"{step.name} skipped {what}: {reason.rstrip('.')}."
+    yield from (f"{step.name}: {warning}" for warning in step.figures.warnings)
+
+
+def details(step: Step) -> dict[str, str]:
+    """Options and figures of a step in short: long lists and tables as their length."""
+    return {name: brief(value) for name, value in {**step.options, **(step.figures.model_extra or {})}.items()}
+
+
+def brief(value: JsonValue, longest: int = 80) -> str:
+    """A JSON value in a few words; a list or table of more than `longest` letters as its length."""
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "yes", False: "no"}[value]
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict | list) and len(str(value)) > longest:
+        return f"{len(value)} values"
+    if isinstance(value, list):
+        return ", ".join(map(brief, value)) or "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {brief(inner)}" for key, inner in value.items()) or "none"
+    return str(value)
+
+
+def flat(table: dict[str, JsonValue], prefix: str = "") -> dict[str, str]:
+    """Nested tables as one, with dotted keys."""
+    found: dict[str, str] = {}
+    for key, value in table.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = brief(value, longest=1000)
+    return found
+
+
+def plan_text(report: Report) -> str:
+    """The plan as YAML."""
+    if isinstance(report.plan, str):
+        return report.plan
+    return yaml.safe_dump(report.plan, sort_keys=False, allow_unicode=True, width=100)
