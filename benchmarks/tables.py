@@ -1,0 +1,83 @@
+"""Writes benchmarks/README.md from results/*.json: `python -m benchmarks.tables`. No figure is typed by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import read
+
+PAGE = Path(__file__).parent / "README.md"
+Figures = Mapping[str, Any]
+
+
+def interval(value: float, low: float, high: float, digits: int = 3) -> str:
+    """A value with its 95 % interval."""
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def demo(found: Figures) -> Iterator[str]:
+    """The sentence encoder."""
+    speed = interval(found["measured_speedup"], found["measured_low"], found["measured_high"], 2)
+    yield "| promised | measured | dense ms | ms | cosine before recovery | cosine | STS-B dense | STS-B | seconds |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    stsb = [f"{100 * found[name]['value']:.2f}" if name in found else "not measured" for name in ("stsb_dense", "stsb")]
+    yield (
+        f"| {found['promised_speedup']:g}x | {speed} | {found['dense_milliseconds']:.2f} | {found['milliseconds']:.2f} "
+        f"| {found['cosine_before_recovery']:.4f} | {interval(found['cosine'], *found['cosine_interval'], 4)} "
+        f"| {stsb[0]} | {stsb[1]} | {found['seconds']:.0f} |"
+    )
+
+
+def sst2(found: Figures) -> Iterator[str]:
+    """The classifier: methods by speed-ups."""
+    dense = found["dense_accuracy"]
+    yield f"Dense: accuracy {100 * dense:.2f} on the dev set, {found['dense_milliseconds']:.2f} ms."
+    yield ""
+    yield "| method | promised | measured | accuracy before recovery | accuracy | of dense |"
+    yield "|---|---|---|---|---|---|"
+    for row in found["branches"]:
+        speed = interval(row["measured_speedup"], row["measured_low"], row["measured_high"], 2)
+        yield (
+            f"| {row['method']} | {row['promised_speedup']:g}x | {speed} | {100 * row['accuracy_before']:.2f} "
+            f"| {interval(*(100 * value for value in (row['accuracy'], *row['accuracy_interval'])), 2)} "
+            f"| {100 * row['accuracy'] / dense:.1f} % |"
+        )
+
+
+def cost(found: Figures) -> Iterator[str]:
+    """What pruning and importing cost."""
+    yield "| what | figure |"
+    yield "|---|---|"
+    for what, figure in found.items():
+        yield f"| {what} | {figure:.3g} |"
+
+
+SUITES: dict[str, tuple[str, Callable[[Figures], Iterator[str]]]] = {
+    "demo": ("The demo: MiniLM-L6 as a sentence encoder, label-free", demo),
+    "demo-60-minutes": ("The same with an hour of recovery", demo),
+    "sst2": ("SST-2: MiniLM-L6 at four speeds, four ways to prune, equal recovery", sst2),
+    "cost": ("Cost of statistics, database and search, and of starting up", cost),
+}
+
+
+def page() -> str:
+    """The whole page."""
+    lines = ["# Figures", "", "Written by `python -m benchmarks.tables` from `benchmarks/results/*.json`.", ""]
+    for name, (title, table) in SUITES.items():
+        lines += [f"## {title}", ""]
+        content = read(name)
+        if content is None:
+            lines += ["Not measured.", ""]
+            continue
+        machine, versions = content["machine"], content["versions"]
+        lines += [*table(content["figures"]), "", f"`{content['command']}`; {machine['processor']}, "]
+        lines[-1] += f"{machine['available_cores']} cores, {machine['memory_gib']} GiB; "
+        lines[-1] += ", ".join(f"{package} {number}" for package, number in versions.items()) + "."
+        lines.append("")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())

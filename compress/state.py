@@ -1,0 +1,127 @@
+"""State: all that a pass may read and change."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from compress.contract import FACTS, Fact, Pass, stale_after
+from compress.data import Data
+from compress.layout import Layout, record_of
+from compress.runtimes import RUNTIMES, example_inputs
+from compress.target import Target
+from compress.tasks import Task
+
+FactValue = Mapping[str, Any]  # tensors are stored as safetensors, everything else as JSON
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Folders a pass may write to: `step` is kept while this step is unfinished, `run` as long as the run's cache."""
+
+    step: Path
+    run: Path
+
+
+@dataclass
+class Teacher:
+    """The dense model that recovery imitates and speed is compared with.
+
+    `source` is its folder or hub name; None as long as it is the model of a step that is not stored yet.
+    """
+
+    source: str | None
+    task: Task
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The model in evaluation mode with frozen parameters, loaded when first asked for."""
+        if self.source is None:
+            raise RuntimeError("a teacher without a source carries its model")
+        return self.task.load(self.source).eval().requires_grad_(False)
+
+
+@dataclass
+class State:
+    """A model with everything known about it.
+
+    `facts` holds values by fact name, `figures` what the running pass wants the report to tell (JSON values), and
+    `kept` the surviving units of every cut axis, both named and counted as in the dense model. A pass that merges
+    finds the states of its further parents in `others`.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    layout: Layout
+    task: Task
+    target: Target
+    workshop: Workshop
+    dense: Teacher
+    data: Data
+    facts: dict[str, FactValue] = field(default_factory=dict)
+    figures: dict[str, Any] = field(default_factory=dict)
+    kept: dict[str, list[int]] = field(default_factory=dict)
+    others: tuple[State, ...] = ()
+
+    def give(self, fact: Fact, value: FactValue) -> None:
+        """Set a fact that the running pass provides."""
+        self.facts[fact.name] = value
+
+    def forget_stale(self, step: Pass) -> None:
+        """Drop the facts that `step` has spoiled."""
+        for fact in stale_after(step, frozenset(FACTS[name] for name in self.facts)):
+            del self.facts[fact.name]
+
+    def cut(self, axis: str, keep: Sequence[int]) -> None:
+        """Cut an axis of the model to the units `keep` and remember which units of the dense model they were."""
+        origin = dense_name(axis, record_of(self.model.config)["blocks"])
+        units = self.kept.get(origin, list(range(self.layout.axis(axis).units)))
+        self.layout = self.layout.cut(self.model, axis, keep)
+        self.kept[origin] = [units[unit] for unit in sorted(set(keep))]
+
+    def dense_artifact(self) -> Path:
+        """The dense model as the target's runtime takes it: what speed-ups are measured against, built once a run."""
+        name = hashlib.sha256(f"{self.dense.source} {self.target.chosen}".encode()).hexdigest()[:12]
+        folder = self.workshop.run / "dense" / name
+        if not folder.exists():
+            self.build(self.dense.model, folder)
+        return folder
+
+    def build(self, model: PreTrainedModel, folder: Path) -> None:
+        """Write a model to `folder`, whole or not at all, as the target's runtime takes it."""
+        unfinished = folder.with_name(f"{folder.name}.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        inputs = example_inputs(model, self.tokenizer, batch=2, sequence=min(self.target.sequence, 16))
+        RUNTIMES[self.target.chosen].build(model, inputs, unfinished)
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+
+    def branch(self) -> State:
+        """A state of its own for one of several models that a pass yields; facts and data are shared, not copied."""
+        return State(
+            copy.deepcopy(self.model), self.tokenizer, self.layout, self.task, self.target, self.workshop,
+            self.dense, self.data, dict(self.facts), dict(self.figures), dict(self.kept),
+        )  # fmt: skip
+
+    def becomes_dense(self) -> None:
+        """Make the present model the dense one: the teacher of what follows and the baseline of its speed."""
+        self.dense = Teacher(None, self.task)
+        self.dense.model = copy.deepcopy(self.model).eval().requires_grad_(False)
+
+
+def dense_name(name: str, origins: Mapping[str, Sequence[int]]) -> str:
+    """The name that an axis had before blocks were dropped; `origins` is the record's list of original indices."""
+    for stack, blocks in origins.items():
+        if name.startswith(f"{stack}."):
+            index, _, rest = name.removeprefix(f"{stack}.").partition(".")
+            return f"{stack}.{blocks[int(index)]}.{rest}"
+    return name

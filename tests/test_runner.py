@@ -1,0 +1,219 @@
+"""The runner: content-addressed nodes, resume after a kill at any moment, forks, and an out folder it may use."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+
+from compress.contract import STATISTICS, Part, Pass
+from compress.errors import CompressError
+from compress.plan import Plan, Tables
+from compress.runner import Run, prepare
+from compress.state import State
+from tests.world import make_world
+
+RAN: list[str] = []
+
+
+class Learn(Pass):
+    """Gives statistics."""
+
+    provides: ClassVar = frozenset({STATISTICS})
+
+    def run(self, state: State) -> Iterator[State]:
+        RAN.append("learn")
+        state.give(STATISTICS, {"mean": torch.ones(3), "count": 7})
+        yield state
+
+
+class Shift(Pass):
+    """Adds to every weight, in one branch per amount."""
+
+    touches: ClassVar = Part.VALUES
+    by: tuple[float, ...] = (1.0,)
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        return tuple(f"{by:g}" for by in self.by) if len(self.by) > 1 else ("",)
+
+    def run(self, state: State) -> Iterator[State]:
+        for by in self.by:
+            RAN.append(f"shift {by:g}")
+            branch = state.branch()
+            with torch.no_grad():
+                branch.model.embeddings.word_embeddings.weight += by
+            branch.figures["by"] = by
+            yield branch
+
+
+class Cut(Pass):
+    """Cuts columns of the first layer."""
+
+    touches: ClassVar = Part.SHAPE | Part.VALUES
+    keep: int = 8
+
+    def run(self, state: State) -> Iterator[State]:
+        RAN.append("cut")
+        state.cut("encoder.layer.0.columns", range(self.keep))
+        yield state
+
+
+class Break(Pass):
+    """Stops in the middle."""
+
+    def run(self, state: State) -> Iterator[State]:
+        (state.workshop.step / "checkpoint").write_text("half way")
+        raise KeyboardInterrupt
+        yield state
+
+
+TOYS = Tables({"learn": Learn, "shift": Shift, "cut": Cut, "break": Break}, {})
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    make_world(folder)
+    return folder
+
+
+@pytest.fixture
+def run(world: Path, tmp_path: Path):
+    def start(*passes: object) -> tuple[Run, list]:
+        RAN.clear()
+        values = {"model": str(world / "my-encoder"), "data": {"source": str(world / "reviews.txt")}}
+        plan = Plan.read({**values, "passes": list(passes), "export": []}, TOYS)
+        made = Run(plan, prepare(tmp_path / "out", fresh=False))
+        return made, made.go()
+
+    return start
+
+
+def word(made: Run, node: object) -> float:
+    return float(made.state(node).model.embeddings.word_embeddings.weight[5, 5])
+
+
+def test_nothing_runs_twice(run) -> None:
+    run("learn", "shift")
+    assert RAN == ["learn", "shift 1"]
+    run("learn", "shift")
+    assert RAN == []
+
+
+def test_editing_the_last_step_runs_only_that_step(run) -> None:
+    run("learn", {"shift": {"by": [1]}})
+    run("learn", {"shift": {"by": [2]}})
+    assert RAN == ["shift 2"]
+
+
+def test_editing_the_first_step_runs_all_that_hangs_on_it(run) -> None:
+    run({"shift": {"by": [1]}}, "cut")
+    run({"shift": {"by": [2]}}, "cut")
+    assert RAN == ["shift 2", "cut"]
+
+
+def test_branches_have_their_own_tails(run) -> None:
+    made, leaves = run({"shift": {"by": [1, 3]}}, {"shift": {"by": [10]}})
+    assert [leaf.branch for leaf in leaves] == ["1", "3"]
+    assert word(made, leaves[1]) - word(made, leaves[0]) == pytest.approx(2, abs=1e-5)
+
+
+def test_forks_start_from_the_step_they_name(run) -> None:
+    steps = [{"shift": {"by": [1]}, "id": "one"}, {"shift": {"by": [2]}, "after": "one"}, {"cut": None, "after": "one"}]
+    made, leaves = run(*steps)
+    assert len(leaves) == 2
+    assert word(made, leaves[0]) - word(made, leaves[1]) == pytest.approx(2, abs=1e-5)
+
+
+def test_facts_are_stored_and_go_stale(run) -> None:
+    made, (leaf,) = run("learn")
+    facts = made.state(leaf).facts
+    assert facts["statistics"]["count"] == 7
+    assert torch.equal(facts["statistics"]["mean"], torch.ones(3))
+    made, (leaf,) = run("learn", "shift")
+    assert made.state(leaf).facts == {}
+
+
+def test_a_cut_is_remembered_with_the_units_of_the_dense_model(run) -> None:
+    made, (leaf,) = run("cut", {"cut": {"keep": 5}})
+    state = made.state(leaf)
+    assert state.kept == {"encoder.layer.0.columns": [0, 1, 2, 3, 4]}
+    assert state.layout.axis("encoder.layer.0.columns").units == 5
+
+
+def test_a_broken_step_leaves_the_finished_ones_and_its_own_checkpoints(run) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run("learn", "break")
+    made, _ = run("learn")
+    assert RAN == []
+    assert [path.read_text() for path in made.cache.glob("work/*/checkpoint")] == ["half way"]
+    assert not list(made.cache.rglob("*.unfinished"))
+
+
+def test_another_model_is_another_key(run, world: Path, tmp_path: Path) -> None:
+    made, (leaf,) = run("learn")
+    other = tmp_path / "other"
+    state = made.state(leaf)
+    with torch.no_grad():
+        state.model.embeddings.word_embeddings.weight += 1
+    state.model.save_pretrained(other)
+    state.tokenizer.save_pretrained(other)
+    plan = made.plan.model_copy(update={"model": str(other)})
+    assert Run(plan, made.cache).key(leaf) != made.key(leaf)
+
+
+def test_a_folder_of_others_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(CompressError, match="not empty and was not made by hf-compress"):
+        prepare(tmp_path, fresh=True)
+    assert (tmp_path / "thesis.txt").exists()
+
+
+def test_fresh_forgets_everything(run, tmp_path: Path) -> None:
+    run("learn")
+    prepare(tmp_path / "out", fresh=True)
+    run("learn")
+    assert RAN == ["learn"]
+
+
+KILLED = """
+import sys
+from compress.api import compress
+compress(plan=sys.argv[1], out=sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_same_bits(world: Path, tmp_path: Path) -> None:
+    """SIGKILL at three moments, the last of them inside training; then the run finishes as if nothing had been."""
+    plan = {
+        "model": str(world / "my-encoder"),
+        "data": {"source": str(world / "reviews.txt")},
+        "passes": ["calibrate", {"distill": {"steps": 120, "checkpoint_every": 10, "batch_size": 4}}],
+        "export": ["huggingface"],
+        "target": {"runtime": "torch"},
+    }
+    path = tmp_path / "plan.yaml"
+    path.write_text(json.dumps(plan))
+    weights = []
+    for out, kills in ((tmp_path / "straight", ()), (tmp_path / "killed", ("nodes/*/state.json", "work/*/training.*"))):
+        command = [sys.executable, "-c", KILLED, str(path), str(out)]
+        for moment in kills:
+            process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            while not list((out / ".cache").glob(moment)) and process.poll() is None:
+                time.sleep(0.01)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        weights.append((out / "model" / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
