@@ -23,7 +23,7 @@ from compress.plan.world import locate
 from compress.tasks import TASKS
 
 TASK = TASKS["feature-extraction"]
-PLAN = Path(__file__).parents[1] / "configs" / "demo.yaml"
+PLAN = Path(__file__).parents[1] / "compress" / "demo.yaml"
 
 
 def similarity(folder: str, stsb: Path) -> dict[str, float]:

@@ -14,6 +14,7 @@ from compress.contract import Options
 from compress.data import DataOptions
 from compress.errors import DataError, PlanError
 from compress.plan import Plan, Tables
+from compress.progress import hushed
 from compress.target import Target
 
 if TYPE_CHECKING:
@@ -121,9 +122,10 @@ def compress(
     if problems := read.check():
         raise PlanError(problems)
     run = Run(read, prepare(folder, fresh=not resume and in_memory is None))
-    report = outcome(run, run.go(), folder, started)
+    with hushed():
+        report = outcome(run, run.go(), folder, started)
     render(report, folder)
-    return Result(report, folder)
+    return Result(json.loads((folder / "report.json").read_text()), folder)
 
 
 def _several(speedup: float | Sequence[float] | None) -> list[float]:

@@ -18,7 +18,6 @@ from compress import store
 from compress.contract import Part
 from compress.evaluate import evaluate
 from compress.families import layout_of
-from compress.layout import record_of
 from compress.measure import Timing, measure, speedup
 from compress.plan import Node
 from compress.progress import say
@@ -161,7 +160,7 @@ def _split(scores: Mapping[str, Mapping[str, float]], name: str) -> dict[str, An
 def _axes(state: State) -> list[dict[str, Any]]:
     """Every axis of the dense model and which of its units survived; none where its block was dropped."""
     dense = layout_of(state.dense.model)
-    present = {dense_name(name, record_of(state.model.config)["blocks"]) for name in state.layout.axes}
+    present = {dense_name(name, state.model) for name in state.layout.axes}
     return [
         {
             "name": axis.name,

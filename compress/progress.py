@@ -1,6 +1,7 @@
-"""Progress for long work: a bar with an estimate on a terminal, silence elsewhere."""
+"""Progress for long work: a bar with an estimate on a terminal, one line a step elsewhere."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from rich.console import Console
@@ -29,3 +30,19 @@ def track(items: Iterable[Item], what: str, total: int | None = None) -> Iterato
 def say(message: str) -> None:
     """Tell one line to whoever watches; standard output stays free for results."""
     console.print(message, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Keep transformers' own bars and notes on loading from the terminal, as they were afterwards."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compress.contract import FACTS, Fact, Pass, stale_after
 from compress.data import Data
-from compress.layout import Layout, record_of
+from compress.layout import Layout, prefix_of, record_of
 from compress.runtimes import RUNTIMES, example_inputs
 from compress.target import Target
 from compress.tasks import Task
@@ -82,7 +82,7 @@ class State:
 
     def cut(self, axis: str, keep: Sequence[int]) -> None:
         """Cut an axis of the model to the units `keep` and remember which units of the dense model they were."""
-        origin = dense_name(axis, record_of(self.model.config)["blocks"])
+        origin = dense_name(axis, self.model)
         units = self.kept.get(origin, list(range(self.layout.axis(axis).units)))
         self.layout = self.layout.cut(self.model, axis, keep)
         self.kept[origin] = [units[unit] for unit in sorted(set(keep))]
@@ -118,10 +118,12 @@ class State:
         self.dense.model = copy.deepcopy(self.model).eval().requires_grad_(False)
 
 
-def dense_name(name: str, origins: Mapping[str, Sequence[int]]) -> str:
-    """The name that an axis had before blocks were dropped; `origins` is the record's list of original indices."""
-    for stack, blocks in origins.items():
-        if name.startswith(f"{stack}."):
-            index, _, rest = name.removeprefix(f"{stack}.").partition(".")
-            return f"{stack}.{blocks[int(index)]}.{rest}"
+def dense_name(name: str, model: PreTrainedModel) -> str:
+    """The name that an axis of `model` had before blocks were dropped."""
+    prefix = prefix_of(model)
+    inner = name.removeprefix(prefix)
+    for stack, origins in record_of(model.config)["blocks"].items():
+        if inner.startswith(f"{stack}."):
+            index, _, rest = inner.removeprefix(f"{stack}.").partition(".")
+            return f"{prefix}{stack}.{origins[int(index)]}.{rest}"
     return name

@@ -100,7 +100,7 @@ def run(world: Path, tmp_path: Path):
 
 
 def word(made: Run, node: object) -> float:
-    return float(made.state(node).model.embeddings.word_embeddings.weight[5, 5])
+    return float(made.state(node).model.embeddings.word_embeddings.weight.detach()[5, 5])
 
 
 def test_nothing_runs_twice(run) -> None:
@@ -151,6 +151,14 @@ def test_a_cut_is_remembered_with_the_units_of_the_dense_model(run) -> None:
     assert state.layout.axis("encoder.layer.0.columns").units == 5
 
 
+def test_units_are_named_as_in_the_dense_model_after_blocks_were_dropped(run) -> None:
+    made, (leaf,) = run("learn")
+    state = made.state(leaf)
+    state.layout = state.layout.drop(state.model, "encoder.layer", [1])
+    state.cut("encoder.layer.0.heads", [1, 3])
+    assert state.kept == {"encoder.layer.1.heads": [1, 3]}
+
+
 def test_a_broken_step_leaves_the_finished_ones_and_its_own_checkpoints(run) -> None:
     with pytest.raises(KeyboardInterrupt):
         run("learn", "break")
@@ -195,7 +203,7 @@ compress(plan=sys.argv[1], out=sys.argv[2])
 
 @pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_bits(world: Path, tmp_path: Path) -> None:
-    """SIGKILL at three moments, the last of them inside training; then the run finishes as if nothing had been."""
+    """SIGKILL between steps and inside training; then the run finishes as if nothing had been."""
     plan = {
         "model": str(world / "my-encoder"),
         "data": {"source": str(world / "reviews.txt")},

@@ -1,0 +1,113 @@
+"""compress(): what it gives, what it writes, and what it says when it can't."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+import compress as package
+from compress import compress
+from compress.errors import CompressError, DataError, PlanError
+from compress.report import check
+from tests.world import make_world
+
+QUICK = {
+    "passes": ["calibrate", {"distill": {"steps": 4, "batch_size": 8}}],
+    "target": {"runtime": "torch", "sequence": 16},
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("api")
+    make_world(folder)
+    return folder
+
+
+@pytest.fixture
+def plan(world: Path) -> dict[str, Any]:
+    return {**QUICK, "model": str(world / "my-encoder"), "data": {"source": str(world / "reviews.txt")}}
+
+
+def test_a_run_leaves_models_artifacts_and_a_report(plan: dict[str, Any], tmp_path: Path) -> None:
+    result = compress(plan={**plan, "export": ["huggingface"]}, out=tmp_path / "out")
+    check(result.report)
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == result.report
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        ".cache", ".hf-compress", "model", "report.html", "report.json", "report.md",
+    }  # fmt: skip
+    (branch,) = result.report["branches"]
+    assert [step["pass"] for step in branch["steps"]] == ["calibrate", "distill"]
+    assert branch["promised_speedup"] is None
+    assert branch["measured_low"] <= branch["measured_speedup"] <= branch["measured_high"]
+    plain = AutoModel.from_pretrained(tmp_path / "out" / "model")
+    tokens = AutoTokenizer.from_pretrained(tmp_path / "out" / "model")("the film is fine", return_tensors="pt")
+    with torch.no_grad():
+        assert torch.equal(result.model(**tokens)[0], plain(**tokens)[0])
+
+
+def test_a_second_run_measures_and_exports_nothing_again(plan: dict[str, Any], tmp_path: Path) -> None:
+    first = compress(plan={**plan, "export": ["huggingface"]}, out=tmp_path / "out")
+    written = (tmp_path / "out" / "model" / "model.safetensors").stat().st_mtime_ns
+    second = compress(plan={**plan, "export": ["huggingface"]}, out=tmp_path / "out")
+    assert (tmp_path / "out" / "model" / "model.safetensors").stat().st_mtime_ns == written
+    assert second.report["branches"] == first.report["branches"]
+
+
+def test_a_model_in_memory_is_taken_with_its_tokenizer(plan: dict[str, Any], world: Path, tmp_path: Path) -> None:
+    model = AutoModel.from_pretrained(world / "my-encoder")
+    tokenizer = AutoTokenizer.from_pretrained(world / "my-encoder")
+    plan.pop("model")
+    result = compress(model, plan={**plan, "export": []}, tokenizer=tokenizer, out=tmp_path / "out")
+    assert result.report["branches"][0]["artifacts"] == []
+    model.name_or_path = ""
+    with pytest.raises(DataError, match="expected tokenizer="):
+        compress(model, plan={**plan, "export": []}, out=tmp_path / "other")
+
+
+def test_either_a_plan_or_a_speedup() -> None:
+    with pytest.raises(PlanError, match="either plan= or speedup="):
+        compress("model")
+    with pytest.raises(PlanError, match="either plan= or speedup="):
+        compress("model", speedup=2, plan="plan.yaml")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"passes": ["calibrate", "ziplmm"]}, "did you mean 'ziplm'"),
+        ({"passes": ["ziplm"]}, "ziplm"),
+        ({"passes": ["calibrate", {"ziplm": {"speedups": [0.5]}}]}, "greater than or equal to 1"),
+        ({"passes": [{"ziplm": {"speedups": [2]}}]}, "needs 'statistics'"),
+        ({"target": {"runtime": "tensorrt"}}, "runtime"),
+        ({"data": {"source": "nowhere.txt"}}, "nowhere.txt"),
+        ({"model": "./nowhere"}, "nowhere"),
+        ({"speed": 2}, "unknown key"),
+    ],
+)
+def test_a_wrong_plan_is_told_and_nothing_is_written(
+    plan: dict[str, Any], change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(PlanError, match=message):
+        compress(plan={**plan, **change}, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unreachable_speedup_names_the_fastest(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(CompressError, match="out of reach on this target; the fastest expected is"):
+        compress(
+            world / "my-encoder", speedup=500, data=world / "reviews.txt", target=QUICK["target"], out=tmp_path / "o"
+        )
+
+
+def test_a_foreign_package_of_our_name_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import passes
+
+    monkeypatch.delattr(passes, "PASSES")
+    with pytest.raises(CompressError, match="isn't part of hf-compress"):
+        package.check_installation()
