@@ -17,7 +17,7 @@ import torch
 from pydantic import ValidationError
 
 from compress.data import Data, DataOptions
-from compress.data.batches import IGNORED, collate, group
+from compress.data.batches import IGNORED, collate, group, swap_words
 from compress.data.corpus import is_prose, read_corpus, split_sentences
 from compress.data.labels import find_labels
 from compress.data.splits import SPLITS, text_key
@@ -525,3 +525,36 @@ def test_real_files_are_read_as_published() -> None:
     data = Data.open(options, real, TASKS["feature-extraction"])
     assert data.count("test") == 3000
     assert data.scores("test").max() == 5.0
+
+
+@pytest.mark.parametrize("most", [0.3, 1.0])
+def test_words_alone_are_swapped_and_only_for_words(most: float) -> None:
+    words = np.arange(5, 30)
+    ids = np.concatenate([[2], np.random.default_rng(0).choice(words, 400), [3]])
+    after = [swap_words(ids, words, most, (seed, 0)) for seed in range(200)]
+    changed = np.array(after) != ids
+    assert not changed[:, [0, -1]].any()
+    assert np.isin(np.array(after)[changed], words).all()
+    assert changed[:, 1:-1].mean() == pytest.approx(0.5 * most * 24 / 25, abs=0.05)
+    assert (swap_words(ids, words, most, (7, 0)) == after[7]).all()
+
+
+def test_substitution_touches_calibration_and_training_alone(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(TEXTS))
+    plain, swapped = (
+        Data.open(DataOptions(source=str(path), substitute=most), tokenizer(), TASKS["feature-extraction"])
+        for most in (0.0, 1.0)
+    )
+    for split in ("calibration", "train", "validation", "test"):
+        pairs = zip(plain.batches(split, 16, seed=1), swapped.batches(split, 16, seed=1), strict=True)
+        same = [torch.equal(one["input_ids"], other["input_ids"]) for one, other in pairs]
+        assert all(same) == (split in ("validation", "test"))
+
+
+def test_other_words_have_other_labels(tmp_path: Path) -> None:
+    path = tmp_path / "rows.tsv"
+    path.write_text("text\tlabel\n" + "\n".join(f"row {number}\t{number % 2}" for number in range(300)))
+    options = DataOptions(source=str(path), text="text", label="label", substitute=0.5)
+    with pytest.raises(DataError, match=r"data\.substitute: other words have other labels"):
+        Data.open(options, tokenizer(), TASKS["text-classification"])

@@ -73,3 +73,15 @@ def mask_tokens(
     replaced = chosen[(draw >= 0.8) & (draw < 0.9)]
     ids[replaced] = random.integers(vocabulary, size=len(replaced))
     return ids, labels
+
+
+def swap_words(ids: np.ndarray, words: np.ndarray, most: float, seed: Sequence[int]) -> np.ndarray:
+    """Return the ids of one sequence with some of its `words` swapped for random ones, a share between 0 and `most`.
+
+    A teacher answers any text, so a student can learn what it says of words that the data lacks, and pruning can see
+    them; the syntax of the rest stays. TinyBERT (Jiao et al. 2020) swaps by a language model's guesses, here chance
+    does. Like the masks, the draw depends on the seed and the sequence alone.
+    """
+    random = np.random.default_rng(seed)
+    swapped = (random.random(len(ids)) < random.uniform(0, most)) & np.isin(ids, words)
+    return np.where(swapped, random.choice(words, len(ids)), ids)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
     from compress.data.encode import Encoded, Encoder
 
+UNUSED = "[unused"  # how BERT's vocabulary marks its empty places
+
 
 @dataclass
 class Split:
@@ -61,6 +63,11 @@ class Data:
 
         texts, label = options.columns(task.name)
         check_fit(texts, label, tokenizer, task)
+        if options.substitute and label:
+            raise DataError(
+                f"data.substitute: other words have other labels than those in column '{label}'; "
+                "give no label, or leave substitute at 0"
+            )
         label = None if task.packs else label
         found = {}
         for name in ("source", "validation", "test"):
@@ -93,6 +100,13 @@ class Data:
         """Whether the labels are scores."""
         return self.classes is not None and self.classes.names is None
 
+    @cached_property
+    def words(self) -> np.ndarray:
+        """The ids (words,) of the vocabulary that can stand in a text: no special tokens, no empty places."""
+        special, tokenizer = set(self.tokenizer.all_special_ids), self.tokenizer
+        tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+        return np.array([i for i, token in enumerate(tokens) if i not in special and not str(token).startswith(UNUSED)])
+
     def scores(self, split: str) -> np.ndarray | None:
         """The score of each row (rows,), where rows are scored."""
         if self.classes is None or self.classes.names is not None:
@@ -122,18 +136,22 @@ class Data:
         """Yield batches of up to `size` sequences of like length, shuffled by `seed` or from longest to shortest.
 
         Tensors (batch, length): input_ids, attention_mask and what else the tokenizer gives; labels as the task's
-        models take them. The masks of fill-mask are drawn anew for each seed.
+        models take them. The masks of fill-mask, and what `substitute` swaps, are drawn anew for each seed.
         """
         for numbers in self.order(split, size, seed=seed, drop_last=drop_last):
             yield self.batch(split, numbers, seed=seed)
 
     def batch(self, split: str, numbers: Sequence[int], *, seed: int | None = None) -> dict[str, Tensor]:
         """Return the batch of the sequences with these numbers."""
-        from compress.data.batches import IGNORED, collate, mask_tokens
+        from compress.data.batches import IGNORED, collate, mask_tokens, swap_words
 
         tokenizer, part = self.tokenizer, self.split(split)
         sequences = [dict(part.encoded.sequences[number]) for number in numbers]
+        most = self.options.substitute if split in ("calibration", "train") else 0.0
         for number, sequence in zip(numbers, sequences, strict=True):
+            if most:
+                draw = (self.options.seed if seed is None else seed, number)
+                sequence["input_ids"] = swap_words(sequence["input_ids"], self.words, most, draw)
             if self.task.name == "fill-mask":
                 sequence["input_ids"], sequence["labels"] = mask_tokens(
                     sequence["input_ids"],

@@ -20,7 +20,9 @@ class DataOptions(Options):
     `source` is "builtin" (English prose that ships with Python), a .txt, .tokens, .jsonl, .json, .csv or .tsv file,
     a folder saved by `datasets`, or the name of a dataset on the hub, whose `config` and `split` may be named.
     `validation` and `test` are other files, or for a dataset other splits of it; what is not given is held out of
-    the source: `held_share` of its rows each, and no more than `validation_rows` and `test_rows`.
+    the source: `held_share` of its rows each, and no more than `validation_rows` and `test_rows`. `substitute` swaps
+    words for random ones of the vocabulary, in each row of calibration and training a share between none and so many:
+    for a teacher that is to be heard on more than the data speaks of.
     """
 
     source: str = Field("builtin", description="builtin, a file, a folder saved by datasets, or a hub name")
@@ -37,6 +39,9 @@ class DataOptions(Options):
     validation_rows: int = Field(2000, ge=1, description="rows for validation at most")
     test_rows: int = Field(2000, ge=1, description="rows for the final scores at most")
     held_share: float = Field(0.1, gt=0, le=0.3, description="share of the source held out, for each held-out split")
+    substitute: float = Field(
+        default=0.0, ge=0, le=1, description="most of a calibration or training row's words swapped for random ones"
+    )
     seed: int = Field(0, ge=0, description="seed of the split and of masking")
 
     def columns(self, task: str) -> tuple[tuple[str, ...], str | None]:
