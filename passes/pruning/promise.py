@@ -116,31 +116,37 @@ def pursue(
 
     `dense` and `present` are milliseconds of the dense model and of the one that will be cut. `choose` gives sizes
     that fit a budget of milliseconds, `trial` builds and measures them. The aim lies a share `tolerance` above the
-    promise, so that noise doesn't break it. Raises TargetError if the table says that no sizes are fast enough; if
-    only a measurement says so, the fastest sizes are tried and the promise may end up missed.
+    promise, so that noise doesn't break it. Raises TargetError if by table and by measurement no sizes are fast
+    enough; if only a measurement says so, the promise may end up missed.
     """
     whole = menu.milliseconds({name: max(sizes) for name, sizes in menu.sizes.items()})
     rate = min(1.0, present / whole)  # a table can't be right that tells more than the whole model takes
     unexplained = present - rate * whole
-    fastest = menu.fastest()
-    least = unexplained + rate * menu.milliseconds(fastest)
-    if speedup * least > dense:
-        raise TargetError(
-            f"a speed-up of {speedup:g}x is out of reach on this target; the fastest expected is {dense / least:.3g}x"
-        )
-    attempts: list[Attempt] = []
+    fastest, attempts = menu.fastest(), list[Attempt]()
+
+    def attempt(sizes: Sizes) -> float:
+        """Try sizes; the milliseconds that nothing so far explains are returned."""
+        expected = unexplained + rate * menu.milliseconds(sizes)
+        ratio = trial(sizes)
+        attempts.append(Attempt(dict(sizes), menu.loss(sizes), dense / expected, ratio.value, ratio.low, ratio.high))
+        return dense / ratio.value - expected
+
+    if speedup * (unexplained + rate * menu.milliseconds(fastest)) > dense:
+        # The machine may have been slow for a moment, so the table's word is put to the test before it is passed on.
+        unexplained += attempt(fastest)
+        if attempts[0].high < speedup:
+            raise TargetError(
+                f"a speed-up of {speedup:g}x is out of reach on this target; "
+                f"the fastest sizes measure {attempts[0].measured:.3g}x"
+            )
     for _ in range(1 + corrections):
         try:
             sizes = choose((dense / (speedup * (1 + tolerance)) - unexplained) / rate)
         except TargetError:
             sizes = fastest
-        if any(attempt.sizes == sizes for attempt in attempts):
+        if any(tried.sizes == sizes for tried in attempts):
             break
-        expected = unexplained + rate * menu.milliseconds(sizes)
-        ratio = trial(sizes)
-        measured = ratio.value
-        attempts.append(Attempt(dict(sizes), menu.loss(sizes), dense / expected, measured, ratio.low, ratio.high))
-        if speedup <= measured <= speedup * (1 + 3 * tolerance):
+        unexplained += attempt(sizes)
+        if speedup <= attempts[-1].measured <= speedup * (1 + 3 * tolerance):
             break
-        unexplained += dense / measured - expected
     return Promise(speedup, attempts)
