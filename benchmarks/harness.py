@@ -12,13 +12,15 @@ from typing import Any
 from compress.target import machine
 
 RESULTS = Path(__file__).parent / "results"
+PLACES = ("--out", "--data")  # options that say where things lie on one machine, and change no figure
 VERSIONS = ("torch", "transformers", "onnxruntime", "onnx", "onnxscript", "accelerate", "numpy")
 
 
 def record(name: str, figures: dict[str, Any]) -> Path:
     """Write one suite's figures to results/<name>.json."""
     module = sys.modules["__main__"].__spec__
-    command = ["python", "-m", module.name if module else sys.argv[0], *sys.argv[1:]]
+    words = [one for before, one in zip(sys.argv, sys.argv[1:], strict=False) if not {before, one} & set(PLACES)]
+    command = ["python", "-m", module.name if module else sys.argv[0], *words]
     content = {
         "command": shlex.join(command),
         "machine": machine(),
