@@ -3,7 +3,9 @@
 Times on a shared machine lie, and this is what is done about it. All artifacts are open in one process that does
 nothing else, pinned to the least busy cores, with as many threads as the target says. They run in rounds, each once a
 round in shuffled order, so that a slow moment slows all of them; a ratio is computed within the rounds, and rounds go
-on until the ratios are known to a percent or the time is up. Medians that snap to the scheduler's ticks are told.
+on until the ratios are known to a percent or the time is up. A timed run follows an untimed one of the same artifact:
+in service a model finds its weights in the cache where they fit, and here the others have just thrown them out. Medians
+that snap to the scheduler's ticks are told.
 
 The process, `python -m compress.measure REQUEST ANSWER`, imports only what the artifacts' runtime needs.
 """
@@ -127,7 +129,7 @@ def measure(
 def interleave(
     calls: Sequence[Callable[[], Any]], *, seconds: float, rounds: int = 2000, seed: int = 0
 ) -> list[list[float]]:
-    """Milliseconds of each call in each round, every call once a round in shuffled order, after a warm-up."""
+    """Milliseconds of each call, once a round in shuffled order, each time right after an untimed call."""
     for call in calls:
         for _ in range(WARM_UP):
             call()
@@ -143,6 +145,7 @@ def interleave(
             check *= 2
         shuffle.shuffle(order)
         for index in order:
+            calls[index]()
             start = time.perf_counter()
             calls[index]()
             samples[index].append((time.perf_counter() - start) * 1e3)

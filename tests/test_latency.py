@@ -80,11 +80,12 @@ def test_ticks_of_the_scheduler_are_recognised():
     assert not quantised(np.full(50, 0.01))
 
 
-def test_rounds_run_every_call_once_in_changing_order():
+def test_rounds_time_every_call_right_after_itself_in_changing_order():
     order: list[int] = []
     samples = interleave([lambda i=i: order.append(i) for i in range(5)], seconds=10, rounds=12)
     assert [len(times) for times in samples] == [12] * 5
-    timed = np.array(order[-60:]).reshape(12, 5)
+    warm, timed = np.array(order[-120:]).reshape(12, 5, 2).transpose(2, 0, 1)
+    assert (warm == timed).all()
     assert (np.sort(timed, axis=1) == np.arange(5)).all()
     assert len({tuple(row) for row in timed}) > 1
 

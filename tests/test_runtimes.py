@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx_ir
+import onnxruntime
 import pytest
 import torch
 
@@ -45,6 +47,16 @@ def test_onnx_equals_torch_on_other_shapes(name, tmp_path):
     assert_same(session, model, tiny.example(1, 6))
     assert not any("past_key_values" in output for output in session.outputs)
     assert session(session.example(2, 7)).keys() == set(session.outputs)
+
+
+def test_no_slow_norm_comes_back_when_the_runtime_opens_the_file(tmp_path):
+    path = ONNX.build(TINY["bert"].build(), TINY["bert"].example(2, 9), tmp_path) / "model.onnx"
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "opened.onnx")
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    kinds = [node.op_type for node in onnx_ir.load(options.optimized_model_filepath).graph]
+    assert "LayerNormalization" in kinds
+    assert "SkipLayerNormalization" not in kinds
 
 
 @pytest.mark.parametrize("name", QUICK)

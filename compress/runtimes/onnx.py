@@ -24,7 +24,6 @@ from compress.runtimes.examples import longest_sequence
 from compress.target import Target
 
 if TYPE_CHECKING:
-    import onnx_ir
     from onnxruntime import InferenceSession
     from torch import Tensor, nn
     from transformers import PreTrainedModel
@@ -96,6 +95,8 @@ class OnnxRuntime(Runtime):
         """
         from transformers.exporters import OnnxConfig, OnnxExporter
 
+        from compress.runtimes.graph import name_dimensions, split_skip_norms
+
         if model.device.type != "cpu" or model.training:  # both would show in the graph
             model = copy.deepcopy(model).eval()
             model.cpu()
@@ -108,8 +109,9 @@ class OnnxRuntime(Runtime):
             try:
                 with _quiet(), _uncached(model):
                     exported = OnnxExporter().export(model, dict(given), config=config)
+                    split_skip_norms(exported.program.graph)
                     if config is named:
-                        _name_dimensions(exported.program.graph)
+                        name_dimensions(exported.program.graph, DYNAMIC)
                     exported.save_pretrained(folder)
             except FAILURES as error:
                 reasons.append(
@@ -129,6 +131,8 @@ class OnnxRuntime(Runtime):
         from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
         from transformers.exporters.utils import apply_patches
 
+        from compress.runtimes.graph import split_skip_norms
+
         try:
             # The same patches as for a whole model, so that the part's graph is the one inside the whole.
             with _quiet(), torch.no_grad(), apply_patches("dynamo"), apply_patches("onnx"):
@@ -136,6 +140,7 @@ class OnnxRuntime(Runtime):
                 if program is None:
                     raise ExportError(f"onnx: {type(module).__name__} gave no graph")
                 fuse_for_onnxruntime(program.model, "cpu")
+                split_skip_norms(program.model.graph)
                 onnx_ir.save(program.model, str(path), external_data=f"{path.name}.data")
         except FAILURES as error:
             raise ExportError(f"onnx: {type(module).__name__} can't be exported: {error}") from error
@@ -188,22 +193,6 @@ def _dynamic_shapes(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dic
     for name in ("sequence", "decoder_sequence"):
         dims[name] = Dim(name, min=2, max=length)
     return {name: {i: dims[dim] for i, dim in enumerate(DYNAMIC.get(name, ()))} for name in inputs}
-
-
-def _name_dimensions(graph: onnx_ir.Graph) -> None:
-    """Give the open dimensions the names that users read, in place of torch's symbols."""
-    import onnx_ir
-
-    names: dict[str, str] = {}
-    for value in graph.inputs:
-        for size, name in zip(value.shape or (), DYNAMIC.get(value.name or "", ()), strict=False):
-            if isinstance(size, onnx_ir.SymbolicDim) and size.value is not None:
-                names[size.value] = name
-    made = [output for node in graph.all_nodes() for output in node.outputs]
-    for value in (*graph.inputs, *made):
-        if value.shape is not None:
-            sizes = [size if isinstance(size, int) else names.get(str(size.value), size) for size in value.shape]
-            value.shape = onnx_ir.Shape(sizes)
 
 
 @contextlib.contextmanager

@@ -34,6 +34,7 @@ class StructuredPruning(Pass):
 
     requires: ClassVar[frozenset[Fact]] = frozenset({TEACHER})
     touches: ClassVar[Part] = Part.SHAPE | Part.VALUES
+    version: ClassVar[int] = 2
 
     speedups: tuple[Annotated[float, Field(ge=1)], ...] = Field(min_length=1)
     kinds: tuple[Literal["heads", "columns"], ...] = Field(default=("heads", "columns"), min_length=1)
