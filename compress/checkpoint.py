@@ -43,6 +43,8 @@ def save(model: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTokeni
         with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
             written = Path(beside, "written")
             model.save_pretrained(written)
+            for weights in written.glob("*.safetensors"):  # written for their owner alone, unlike all other files
+                weights.chmod((written / "config.json").stat().st_mode)
             if tokenizer is not None:
                 tokenizer.save_pretrained(written)
             if folder.exists():

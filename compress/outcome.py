@@ -71,11 +71,11 @@ def _branch(run: Run, leaf: Node, state: State, out: Path) -> dict[str, Any]:
     shaped = [node for node in chain if Part.SHAPE in node.step.do.touches]
     if shaped and shaped[-1] is not leaf:
         before = _quality(run.folder(shaped[-1]) / "quality.json", run.state(shaped[-1]).model, state)
+    pruned: dict[str, Any] = next((row["figures"] for row in rows[::-1] if "promised" in row["figures"]), {})
     branch: dict[str, Any] = {
         "name": leaf.branch or "compressed",
-        "promised_speedup": next(
-            (row["figures"]["promised"] for row in rows[::-1] if "promised" in row["figures"]), None
-        ),
+        "promised_speedup": pruned.get("promised"),
+        "measured_speedup": pruned.get("measured"),  # for the model card; that of the artifacts takes its place
         **_size(state.model),
         **_split(before, "quality_before_recovery"),
         **_split(quality, "quality"),

@@ -28,6 +28,7 @@ from compress.data import Data
 from compress.errors import CompressError, DataError
 from compress.families import layout_of
 from compress.plan import Node, Plan
+from compress.plan.world import MARKER, unusable
 from compress.progress import say
 from compress.state import State, Teacher, Workshop
 from compress.tasks import TASKS, Task, infer_task
@@ -181,16 +182,15 @@ def prepare(out: Path, fresh: bool) -> Path:
 
     Raises CompressError where it holds something else, or can't be written.
     """
-    marker = out / ".hf-compress"
+    if problems := unusable(out):
+        raise CompressError(f"out: {problems[0]}")
     try:
-        if out.exists() and any(out.iterdir()) and not marker.exists():
-            raise CompressError(f"out: {out} is not empty and was not made by hf-compress; expected a new folder")
         out.mkdir(parents=True, exist_ok=True)
         if fresh:
             for path in out.iterdir():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        marker.touch()
+        (out / MARKER).touch()
         (out / ".cache").mkdir(exist_ok=True)
-    except (NotADirectoryError, FileExistsError, PermissionError, OSError) as error:
+    except OSError as error:
         raise CompressError(f"out: {out} can't be written: {error.strerror or error}") from error
     return out / ".cache"

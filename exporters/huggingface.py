@@ -55,7 +55,8 @@ def model_card(state: State, card: Mapping[str, Any]) -> str:
     ]
     if steps := [{row["pass"]: row.get("options") or {}} for row in card.get("steps", ())]:
         parts.append(f"## Plan\n\n```yaml\n{yaml.safe_dump({'passes': steps}, sort_keys=False)}```\n")
-    rows = {key: card[key] for key in ("promised_speedup", "parameters", "bytes") if card.get(key) is not None}
+    told = ("promised_speedup", "measured_speedup", "parameters", "bytes")
+    rows = {key: card[key] for key in told if card.get(key) is not None}
     rows |= {metric: value for metric, value in (card.get("quality") or {}).items() if isinstance(value, int | float)}
     if rows:
         lines = [f"| {key.replace('_', ' ')} | {value:,.4g} |" if isinstance(value, float) else

@@ -47,6 +47,11 @@ def test_plain_from_pretrained_loads_what_was_saved(name: str, tmp_path: Path) -
         loaded.save_pretrained(tmp_path / target)
 
 
+def test_whoever_reads_the_config_reads_the_weights(tmp_path: Path) -> None:
+    saved("bert", tmp_path / "model")
+    assert len({path.stat().st_mode for path in (tmp_path / "model").iterdir()}) == 1
+
+
 def test_a_fresh_process_needs_only_the_import(tmp_path: Path) -> None:
     model = saved("llama-tied", tmp_path / "model")
     program = f"""

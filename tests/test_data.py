@@ -539,6 +539,13 @@ def test_words_alone_are_swapped_and_only_for_words(most: float) -> None:
     assert (swap_words(ids, words, most, (7, 0)) == after[7]).all()
 
 
+def test_words_at_the_head_of_the_vocabulary_are_drawn_most_often() -> None:
+    words = np.arange(100, 1100)
+    drawn = np.concatenate([swap_words(np.full(500, 1099), words, 1.0, (seed, 0)) for seed in range(100)]) - 100
+    shares = [(drawn < rank).sum() / (drawn < 999).sum() for rank in (1, 10, 100)]
+    assert shares == pytest.approx(np.log([2, 11, 101]) / np.log(1000), abs=0.02)
+
+
 def test_substitution_touches_calibration_and_training_alone(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text("\n".join(TEXTS))

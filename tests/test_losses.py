@@ -7,7 +7,14 @@ import torch
 import torch.nn.functional as F
 
 from passes.distillation.distill import Weights
-from passes.distillation.losses import LOSSES, OFFICIAL_EPSILON, logit_kl, square_head, token_distance
+from passes.distillation.losses import (
+    LOSSES,
+    OFFICIAL_EPSILON,
+    logit_kl,
+    similarity_distance,
+    square_head,
+    token_distance,
+)
 
 BATCH, LENGTH, WIDTH, BLOCKS = 3, 7, 5, 4
 MASK = torch.arange(LENGTH)[None] < torch.tensor([7, 4, 1])[:, None]
@@ -62,10 +69,18 @@ def test_padding_never_matters(name, poison):
     assert all(one[~MASK].abs().max() == 0 and one[MASK].abs().max() > 0 for one in gradients)
 
 
-@pytest.mark.parametrize("name", ["hidden", "embedding"])
+@pytest.mark.parametrize("name", ["hidden", "embedding", "similarity"])
 def test_relative_losses_ignore_a_common_scale(name):
     scaled = apply(name, [7 * one for one in states(1)], [7 * one for one in states(2)])
     torch.testing.assert_close(scaled, apply(name, states(1), states(2)), rtol=1e-5, atol=1e-6)
+
+
+def test_similarity_ignores_a_turn_of_all_embeddings():
+    turn = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(3))).Q
+    student, teacher = states(1)[0][:, 0], states(2)[0][:, 0]
+    turned = similarity_distance(student @ turn, teacher)
+    torch.testing.assert_close(turned, similarity_distance(student, teacher), rtol=1e-4, atol=1e-6)
+    assert similarity_distance(student[:1], teacher[:1]) == 0
 
 
 def test_a_student_of_zeros_has_a_square_head_loss_of_one_a_block():

@@ -80,8 +80,10 @@ def swap_words(ids: np.ndarray, words: np.ndarray, most: float, seed: Sequence[i
 
     A teacher answers any text, so a student can learn what it says of words that the data lacks, and pruning can see
     them; the syntax of the rest stays. TinyBERT (Jiao et al. 2020) swaps by a language model's guesses, here chance
-    does. Like the masks, the draw depends on the seed and the sequence alone.
+    does: `words` stand in the order of a vocabulary, which begins with the frequent ones, and are drawn by Zipf's law.
+    Like the masks, the draw depends on the seed and the sequence alone.
     """
     random = np.random.default_rng(seed)
     swapped = (random.random(len(ids)) < random.uniform(0, most)) & np.isin(ids, words)
-    return np.where(swapped, random.choice(words, len(ids)), ids)
+    ranks = np.exp(random.random(len(ids)) * np.log(len(words) + 1)) - 1  # its density falls as 1 / (rank + 1)
+    return np.where(swapped, words[ranks.astype(np.int64)], ids)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     from compress.data.encode import Encoded, Encoder
 
-UNUSED = "[unused"  # how BERT's vocabulary marks its empty places
+LETTERS = re.compile(r"^\W*[^\W\d_]{2,}$")  # what stands before the letters marks where a word begins or goes on
 
 
 @dataclass
@@ -102,10 +103,10 @@ class Data:
 
     @cached_property
     def words(self) -> np.ndarray:
-        """The ids (words,) of the vocabulary that can stand in a text: no special tokens, no empty places."""
+        """The ids (words,) of the vocabulary's words and parts of words of two letters or more, in its own order."""
         special, tokenizer = set(self.tokenizer.all_special_ids), self.tokenizer
         tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-        return np.array([i for i, token in enumerate(tokens) if i not in special and not str(token).startswith(UNUSED)])
+        return np.array([i for i, token in enumerate(tokens) if i not in special and LETTERS.search(str(token))])
 
     def scores(self, split: str) -> np.ndarray | None:
         """The score of each row (rows,), where rows are scored."""

@@ -44,7 +44,7 @@ def obstacles(parts: Mapping[str, Any]) -> list[Problem]:
     if "target" in parts:
         problems += [_placed("target", parts["target"], text) for text in parts["target"].problems()]
     if parts.get("out") is not None:
-        problems += [Problem(("out",), text) for text in _out(Path(os.path.expanduser(parts["out"])))]
+        problems += [Problem(("out",), text) for text in unusable(Path(os.path.expanduser(parts["out"])))]
     return problems
 
 
@@ -102,7 +102,7 @@ def _misspelt(path: Path) -> list[Problem]:
     return [Problem(("model",), f"there is no folder {path}; expected a folder or a hub name{near}")] if near else []
 
 
-def _out(out: Path) -> list[str]:
+def unusable(out: Path) -> list[str]:
     """Why results can't be written to a folder."""
     if out.is_dir():
         if any(out.iterdir()) and not (out / MARKER).exists():

@@ -16,7 +16,7 @@ from compress.layout import record_of
 from compress.state import State
 from passes.distillation.losses import LOSSES
 
-HEAD, STATES = ("logits", "task"), ("hidden", "tokens", "embedding")
+HEAD, STATES = ("logits", "task"), ("hidden", "tokens", "embedding", "similarity")
 FAR_BELOW = -1e4  # a logit whose probability is zero in float32
 
 
@@ -77,7 +77,7 @@ class Comparison:
         """What the loss of that name takes: student's, teacher's and, where it has one, its mask."""
         if name == "logits":
             return _predictions(mine, mask), _predictions(theirs, mask), _rows(mine, mask, labels)
-        if name == "embedding":
+        if name in ("embedding", "similarity"):
             last = (BaseModelOutput(last_hidden_state=one.hidden_states[-1]) for one in (mine, theirs))
             return tuple(embed(one, mask) for one in last)
         places = self.places(len(mine.hidden_states) - 1, len(theirs.hidden_states) - 1)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from compress.contract import TEACHER, Part, Pass
-from compress.errors import DataError, TrainingError
+from compress.errors import TrainingError
 from compress.recipe import TrainingOptions
 
 if TYPE_CHECKING:
@@ -33,8 +33,6 @@ class Finetune(TrainingOptions, Pass):
         from compress.training import train
 
         data, task = state.data, state.task
-        if data is None:
-            raise DataError("finetune: the plan has no data; expected some to train on")
         if task.name == "feature-extraction":
             raise TrainingError("finetune: feature-extraction has no loss of its own; expected a task with a head")
 

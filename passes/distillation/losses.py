@@ -55,11 +55,23 @@ def embedding_distance(student: Tensor, teacher: Tensor) -> Tensor:
     return (1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1)).mean()
 
 
+def similarity_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """Squared difference of the cosines between all pairs of embeddings (batch, hidden), averaged over the pairs.
+
+    What a search or a clustering reads of embeddings; turning all of them alike changes nothing. A batch of one has no
+    pairs and loses nothing. Tung & Mori, arXiv:1907.09682, with cosines in place of normalised rows.
+    """
+    mine, theirs = (F.normalize(one.float(), dim=-1) for one in (student, teacher))
+    squares = (mine @ mine.T - theirs @ theirs.T).square()
+    return (squares.sum() - squares.diagonal().sum()) / max(1, len(mine) * (len(mine) - 1))
+
+
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "hidden": square_head,
     "tokens": token_distance,
     "logits": logit_kl,
     "embedding": embedding_distance,
+    "similarity": similarity_distance,
 }
 
 

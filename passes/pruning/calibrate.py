@@ -41,9 +41,9 @@ class Calibrate(Pass):
         yield state
 
 
-def calibration(data: Data | None, samples: int, batch_size: int = BATCH) -> Iterator[dict[str, Tensor]]:
+def calibration(data: Data, samples: int, batch_size: int = BATCH) -> Iterator[dict[str, Tensor]]:
     """At most `samples` rows of the calibration split, in batches, shuffled so that they are of all lengths."""
-    if data is None or not data.count("calibration"):
+    if not data.count("calibration"):
         raise DataError("pruning needs calibration text, and the plan's data has none in its calibration split")
     left = samples
     for batch in data.batches("calibration", batch_size, seed=0):
