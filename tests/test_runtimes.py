@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import onnx_ir
 import onnxruntime
@@ -21,18 +23,26 @@ ONNX, TORCH = RUNTIMES["onnxruntime"], RUNTIMES["torch"]
 
 
 def assert_same(session, model, inputs):
-    """All outputs agree, at the places that are no padding."""
+    """All outputs agree, at the places that are no padding, up to ten times what float32 costs torch itself.
+
+    The large weights of tiny models make much of little: a gated T5 loses 4e-4 in torch's own float32.
+    """
     met = session(inputs)
+    exact = copy.deepcopy(model).double()
+    doubles = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
     with torch.no_grad():
-        outputs = model(**inputs, **uncached(model))
+        outputs, precise = model(**inputs, **uncached(model)), exact(**doubles, **uncached(exact))
     expected = {name: value for name, value in outputs.items() if isinstance(value, torch.Tensor)}
     assert expected.keys() <= met.keys()
     for name, value in expected.items():
-        found, mask = torch.from_numpy(met[name]), inputs.get("attention_mask")
+        values, mask = [torch.from_numpy(met[name]), value, precise[name]], inputs.get("attention_mask")
         if mask is not None and value.ndim > 2 and value.shape[:2] == mask.shape:
-            value, found = value[mask.bool()], found[mask.bool()]
-        # Logits of tiny models with large weights reach the tens; float32 sums in another order differ by 1e-6 of that.
-        torch.testing.assert_close(found, value, rtol=2e-4, atol=2e-4, msg=lambda text, name=name: f"{name}: {text}")
+            values = [one[mask.bool()] for one in values]
+        found, single, double = (one.double() for one in values)
+        allowed = 2e-4 + 10 * float((single - double).abs().max())
+        torch.testing.assert_close(
+            found, double, rtol=2e-4, atol=allowed, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
