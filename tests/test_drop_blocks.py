@@ -217,7 +217,7 @@ def test_a_masked_language_model_is_judged_at_its_labels(tmp_path):
     labels = torch.where(torch.arange(9) % 4 == 1, batch["input_ids"], -100)
     with torch.no_grad():
         expected = float(state.model(**batch, labels=labels).loss)
-    assert likelihood_loss(state.model, [{**batch, "labels": labels}], 0) == pytest.approx(expected, rel=1e-5)
+        assert likelihood_loss(state.model, [{**batch, "labels": labels}], 0) == pytest.approx(expected, rel=1e-5)
 
 
 # What may go

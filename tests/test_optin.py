@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from compress.errors import DataError
 from passes.pruning.optin import Optin
 from passes.pruning.trajectory import Dense, column_magnitudes, curve_of, trajectory_curves
 from tests.conftest import TINY
@@ -133,3 +134,22 @@ def test_the_promise_is_kept_by_the_units_that_matter_least(bert, monkeypatch):
         assert figures["measured"] >= speedup
         for name, kept in result.kept.items():
             assert kept == curves[name].kept(len(kept))
+
+
+def test_states_that_are_no_numbers_are_refused(bert):
+    bert.model.get_submodule("encoder.layer.0.output.dense").weight.data.fill_(float("nan"))
+    with pytest.raises(DataError, match=r"masking 'encoder.layer.0.heads' changes is not finite"):
+        curves_of(bert)
+
+
+def test_a_decoder_is_not_masked_as_the_encoder_is(tmp_path):
+    state = state_of(TINY["t5"], tmp_path)
+    batch = {**batch_of(state), "attention_mask": torch.ones(6, 9, dtype=torch.long)}
+    batch |= {"decoder_input_ids": batch["input_ids"].flip(1)}
+    batch["attention_mask"][:, 4:] = 0
+    axis = state.layout.axes["decoder.block.1.columns"]
+    with torch.no_grad():
+        dense = Dense(state.model, state.layout, batch)
+        state.layout.silence(state.model, axis.name, range(axis.units))
+        p, q = dense.answer.logits.log_softmax(-1), state.model(**batch).logits.log_softmax(-1)
+        assert dense.stray(axis.block) == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3)

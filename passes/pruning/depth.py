@@ -17,7 +17,7 @@ from compress.progress import track
 
 
 def influence(before: Tensor, after: Tensor) -> Tensor:
-    """One minus the cosine of states (..., hidden), for each token (...,); ShortGPT (Men et al. 2024), section 3.2."""
+    """One minus the cosine of states (..., hidden), for each token (...,); ShortGPT, arXiv:2403.03853."""
     return (normalize(after.float(), dim=-1) - normalize(before.float(), dim=-1)).square().sum(-1) / 2
 
 
@@ -25,7 +25,7 @@ def angular_distances(states: Tensor) -> Tensor:
     """The angle between the states of any two places, in half turns and averaged over samples: (places, places).
 
     `states` are (places, samples, hidden), place i being the input of block i and the last what leaves the last block.
-    Gromov et al., "The Unreasonable Ineffectiveness of the Deeper Layers" (2024), equation 7; the angle is Kahan's
+    Gromov et al., "The Unreasonable Ineffectiveness of the Deeper Layers", arXiv:2403.17887; the angle is Kahan's
     ``2 atan2(|u - v|, |u + v|)``.
     """
     units = normalize(states.float(), dim=-1)
@@ -42,7 +42,7 @@ def greedily(parts: Sequence[str], loss: Callable[[Sequence[str]], float]) -> It
     """Yield, one after the other, the part whose removal leaves the least loss, and that loss.
 
     `loss` tells what the model loses without the given parts; it is asked anew of all that are left after every
-    removal. SLEB (Song et al. 2024), algorithm 1.
+    removal. SLEB, arXiv:2402.09025.
     """
     removed: list[str] = []
     while left := [part for part in parts if part not in removed]:

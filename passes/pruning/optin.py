@@ -1,4 +1,4 @@
-"""OPTIN: prune by how far the model strays when a part is masked, without training (Khaki & Plataniotis 2024)."""
+"""OPTIN: prune by how far the model strays when a part is masked, without training (arXiv:2403.17921)."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """What masking a head or a group of columns does to all that comes after: the importances of OPTIN.
 
-OPTIN (Khaki & Plataniotis, "The Need for Speed: Pruning Transformers with One Recipe", 2024) scores a parameter by how
-far the features of the later layers, and the output, stray when it is masked. Here a layer's stray is the squared
-change of its states relative to their own square, the output's the divergence from the dense logits; the paper takes
-a manifold distance of features and weighs the divergence.
+OPTIN (Khaki & Plataniotis, "The Need for Speed: Pruning Transformers with One Recipe", arXiv:2403.17921) scores a
+parameter by how far the features of the later layers, and the output, stray when it is masked. Here a layer's stray is
+the squared change of its states relative to their own square, the output's the divergence from the dense logits; the
+paper takes a manifold distance of features and weighs the divergence.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from compress.errors import DataError
 from compress.layout import Axis, Layout
 from compress.progress import track
 from compress.statistics import frozen, real_rows
@@ -49,7 +50,12 @@ def trajectory_curves(
                 with restored(model, [site.module for site in axis.readers]):
                     layout.silence(model, axis.name, runs[axis.name][run].tolist())
                     strays[axis.name][run] += share * dense.stray(axis.block)
-    return {name: curve_of(strays[name], found, magnitudes.get(name)) for name, found in runs.items()}
+    for name, found in strays.items():
+        if not np.isfinite(found).all():
+            raise DataError(
+                f"what masking '{name}' changes is not finite on the calibration text; expected finite states"
+            )
+    return {name: curve_of(strays[name], runs[name], magnitudes.get(name)) for name in runs}
 
 
 def curve_of(importances: np.ndarray, runs: Sequence[np.ndarray], magnitudes: np.ndarray | None) -> Curve:
@@ -70,7 +76,7 @@ def curve_of(importances: np.ndarray, runs: Sequence[np.ndarray], magnitudes: np
 def column_magnitudes(
     model: PreTrainedModel, layout: Layout, axes: Sequence[Axis], batches: Batches
 ) -> dict[str, np.ndarray]:
-    """For each axis the root mean square of its activations times the norm of the weights that read them, (units,)."""
+    """For each axis the norm of each column's activations times that of the weights that read the column, (units,)."""
     squares: dict[str, Tensor] = {}
     batch: Mapping[str, Tensor] = {}
 
@@ -123,13 +129,10 @@ class Dense:
 
     def divergence(self, found: Any) -> Tensor:
         """KL divergence of the logits from the dense ones; of models without logits the change of the first output."""
-        mask = self.batch.get("attention_mask")
-        if "logits" not in found:
-            return relative_change(self.answer[0], found[0], mask).mean()
-        logits = found.logits
-        if mask is None or logits.ndim < 3 or mask.shape != logits.shape[:2]:
-            return logit_kl(logits, self.answer.logits)
-        return logit_kl(logits, self.answer.logits, mask.to(logits.device))
+        name = "logits" if "logits" in found else next(iter(found))
+        before, after = self.answer[name], found[name]
+        mask = real_tokens(self.layout, self.blocks[-1], self.batch, after) if after.ndim == 3 else None
+        return logit_kl(after, before, mask) if name == "logits" else relative_change(before, after, mask).mean()
 
 
 def _runs(axis: Axis, magnitudes: Mapping[str, np.ndarray], groups: int) -> list[np.ndarray]:

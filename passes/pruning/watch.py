@@ -88,11 +88,11 @@ def answer(model: PreTrainedModel, batch: Batch) -> Any:
 def real_tokens(layout: Layout, block: str, batch: Batch, hidden: Tensor) -> Tensor:
     """Which tokens (batch, tokens) of the states of a block are no padding; all where the batch has no mask of theirs.
 
-    A decoder after an encoder reads its own text.
+    The last of several stacks is a decoder, which reads a text of its own.
     """
-    stack = layout.stacks[block.rpartition(".")[0]]
-    second = bool(stack.caches) and "decoder_input_ids" in batch
-    mask = batch.get("decoder_attention_mask" if second else "attention_mask")
+    *others, last = layout.stacks
+    decoding = others and block.startswith(f"{last}.")
+    mask = batch.get("decoder_attention_mask" if decoding else "attention_mask")
     if mask is None or mask.shape != hidden.shape[:2]:
         return torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
     return mask.to(hidden.device).bool()
