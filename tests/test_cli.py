@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from compress import cli
+from compress.contract import Options
 from compress.errors import DataError
 from compress.measure import Timing
 from compress.plan import Plan, Tables
@@ -211,7 +212,8 @@ def test_doctor_answers(call: Call) -> None:
 
 
 @pytest.mark.parametrize(("table", "names"), [(PASSES, list(PASSES)), (EXPORTERS, list(EXPORTERS))])
-def test_names_are_the_class_names_in_lower_case(table: dict[str, type], names: list[str]) -> None:
+def test_names_are_the_class_names_in_lower_case(table: dict[str, type[Options]], names: list[str]) -> None:
+    assert [cls.named or cls.__name__.lower() for cls in table.values()] == names
     assert [cls.__name__.lower() for cls in table.values()] == [name.replace("_", "") for name in names]
 
 

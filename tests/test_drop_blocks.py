@@ -15,6 +15,7 @@ from compress import checkpoint
 from compress.contract import TEACHER, Part
 from compress.errors import DataError, LayoutError, TargetError
 from compress.measure import Ratio
+from compress.plan import Plan
 from compress.tasks import TASKS
 from passes.pruning.depth import angular_distances, greedily, influence, nearest_range
 from passes.pruning.drop_blocks import DropBlocks
@@ -383,3 +384,9 @@ def test_a_plan_without_text_is_refused(tmp_path):
     state.data = None
     with pytest.raises(DataError, match="calibration"):
         next(DropBlocks(remove=1).run(state))
+
+
+def test_a_plan_made_in_python_names_it_as_yaml_does():
+    plan = Plan(model="any", passes=[DropBlocks(remove=1)])
+    assert plan.passes[0].name == "drop_blocks"
+    assert plan.passes[0].written() == {"drop_blocks": {"remove": 1}}

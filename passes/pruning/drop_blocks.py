@@ -26,6 +26,7 @@ class DropBlocks(Pass):
     removals whose model, measured on the target, is so many times faster than the dense one.
     """
 
+    named: ClassVar[str] = "drop_blocks"
     touches: ClassVar[Part] = Part.SHAPE
 
     score: Literal["greedy", "influence", "angular"] = Field(
