@@ -42,9 +42,14 @@ FACTS = {fact.name: fact for fact in (TEACHER, STATISTICS)}
 
 
 class Options(BaseModel):
-    """Options as they stand in a plan: frozen, and nothing unknown is taken."""
+    """Options as they stand in a plan: frozen, and nothing unknown is taken.
+
+    Their name there is that of their class in lower case, or `named` where that has several words.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    named: ClassVar[str | None] = None
 
 
 class Pass(Options):

@@ -184,7 +184,8 @@ def whisper(config: Config) -> Iterator[Blocks]:
 def t5(config: Config) -> Iterator[Blocks]:
     """T5: the first block's table of relative positions serves the heads of all blocks.
 
-    Across attention, the first block's zeros stand for the table, so those heads stay alike as well.
+    Across attention, the first block's zeros stand for the table, so those heads stay alike as well. By the entry
+    `decoder_layers` transformers sizes the cache; without it, by the encoder.
     """
 
     def attention(module: str, name: str) -> Width:
@@ -202,8 +203,8 @@ def t5(config: Config) -> Iterator[Blocks]:
     yield Blocks("encoder.block", config.num_layers, widths, counts=counts, anchored=1, shared=shared)
     cross = attention("layer.1.EncDecAttention", "cross_heads")
     decoder, across = (own, cross, feed("layer.2.DenseReluDense")), {"heads": (f"decoder.{table}",), "cross_heads": ()}
-    counts = (("", "num_decoder_layers"), ("decoder", "num_layers"))
-    yield Blocks("decoder.block", config.num_decoder_layers, decoder, counts=counts, anchored=1, shared=across)
+    lengths = (("", "num_decoder_layers"), ("", "decoder_layers"), ("decoder", "num_layers"))
+    yield Blocks("decoder.block", config.num_decoder_layers, decoder, counts=lengths, anchored=1, shared=across)
 
 
 FAMILIES: dict[str, Callable[[Config], Iterator[Blocks]]] = {

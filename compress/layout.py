@@ -154,12 +154,14 @@ class Layout:
             if axis.units < axis.least:
                 raise LayoutError(f"'{axis.name}' would tell how long the cache is, but has no heads left")
         record, plain = _record(model), stack.removeprefix(prefix_of(model))
+        stacks = {**self.stacks, stack: new}
         _drop_(model, old, keep)
+        _count_(model, stacks)
         origins = record["blocks"].get(plain, list(range(old.length)))
         record["blocks"][plain] = [origins[i] for i in keep]
         sizes = {_rename(name, plain, order): size for name, size in record["sizes"].items()}
         record["sizes"] = {name: size for name, size in sizes.items() if name is not None}
-        return Layout({axis.name: axis for axis in axes}, {**self.stacks, stack: new})
+        return Layout({axis.name: axis for axis in axes}, stacks)
 
 
 def prefix_of(model: PreTrainedModel) -> str:
@@ -242,7 +244,7 @@ def _remove_(model: PreTrainedModel, axis: Axis) -> None:
 
 
 def _drop_(model: PreTrainedModel, stack: Stack, keep: Sequence[int]) -> None:
-    """Keep the blocks `keep` of a model and mend what counts them: cache indices and config entries."""
+    """Keep the blocks `keep` of a model and mend what is listed by block: cache indices and config entries."""
     blocks = model.get_submodule(stack.module)
     kept = nn.ModuleList(blocks.get_submodule(str(index)) for index in keep)
     model.set_submodule(stack.module, kept)
@@ -250,13 +252,18 @@ def _drop_(model: PreTrainedModel, stack: Stack, keep: Sequence[int]) -> None:
         for module in block.modules():
             if getattr(module, "layer_idx", None) is not None:
                 module.layer_idx = index  # type: ignore[assignment]  # torch types every attribute as tensor or module
-    for owner, entry in stack.counts:
-        part: Any = model.get_submodule(owner)
-        setattr(part.config, entry, len(keep))
     for entry in stack.lists:
         values = getattr(model.config, entry, None)
         if values:
             setattr(model.config, entry, [values[index] for index in keep])
+
+
+def _count_(model: PreTrainedModel, stacks: Mapping[str, Stack]) -> None:
+    """Write the length of every stack to the configs; some entries are needed only once stacks differ in length."""
+    for stack in stacks.values():
+        for owner, entry in stack.counts:
+            part: Any = model.get_submodule(owner)
+            setattr(part.config, entry, stack.length)
 
 
 def _rename(name: str, stack: str, order: Mapping[int, int]) -> str | None:

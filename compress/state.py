@@ -87,6 +87,12 @@ class State:
         self.layout = self.layout.cut(self.model, axis, keep)
         self.kept[origin] = [units[unit] for unit in sorted(set(keep))]
 
+    def drop(self, stack: str, keep: Sequence[int]) -> None:
+        """Keep only the blocks `keep` of a stack; of the others' axes nothing is left to remember."""
+        self.layout = self.layout.drop(self.model, stack, keep)
+        present = {dense_name(name, self.model) for name in self.layout.axes}
+        self.kept = {name: units for name, units in self.kept.items() if name in present}
+
     def dense_artifact(self) -> Path:
         """The dense model as the target's runtime takes it: what speed-ups are measured against, built once a run."""
         name = hashlib.sha256(f"{self.dense.source} {self.target.chosen}".encode()).hexdigest()[:12]
@@ -119,11 +125,11 @@ class State:
 
 
 def dense_name(name: str, model: PreTrainedModel) -> str:
-    """The name that an axis of `model` had before blocks were dropped."""
+    """The name that an axis, or a block, of `model` had before blocks were dropped."""
     prefix = prefix_of(model)
     inner = name.removeprefix(prefix)
     for stack, origins in record_of(model.config)["blocks"].items():
         if inner.startswith(f"{stack}."):
-            index, _, rest = inner.removeprefix(f"{stack}.").partition(".")
-            return f"{prefix}{stack}.{origins[int(index)]}.{rest}"
+            index, dot, rest = inner.removeprefix(f"{stack}.").partition(".")
+            return f"{prefix}{stack}.{origins[int(index)]}{dot}{rest}"
     return name

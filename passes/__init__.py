@@ -4,6 +4,8 @@ from compress.contract import Pass
 from passes.distillation.distill import Distill
 from passes.distillation.finetune import Finetune
 from passes.pruning.calibrate import Calibrate
+from passes.pruning.drop_blocks import DropBlocks
+from passes.pruning.optin import Optin
 from passes.pruning.prune import Prune
 from passes.pruning.ziplm import ZipLM
 
@@ -11,6 +13,8 @@ PASSES: dict[str, type[Pass]] = {
     "calibrate": Calibrate,
     "ziplm": ZipLM,
     "prune": Prune,
+    "optin": Optin,
+    "drop_blocks": DropBlocks,
     "distill": Distill,
     "finetune": Finetune,
 }

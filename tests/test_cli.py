@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from compress import cli
+from compress.contract import Options
 from compress.errors import DataError
 from compress.measure import Timing
 from compress.plan import Plan, Tables
@@ -211,8 +212,9 @@ def test_doctor_answers(call: Call) -> None:
 
 
 @pytest.mark.parametrize(("table", "names"), [(PASSES, list(PASSES)), (EXPORTERS, list(EXPORTERS))])
-def test_names_are_the_class_names_in_lower_case(table: dict[str, type], names: list[str]) -> None:
-    assert [cls.__name__.lower() for cls in table.values()] == names
+def test_names_are_the_class_names_in_lower_case(table: dict[str, type[Options]], names: list[str]) -> None:
+    assert [cls.named or cls.__name__.lower() for cls in table.values()] == names
+    assert [cls.__name__.lower() for cls in table.values()] == [name.replace("_", "") for name in names]
 
 
 def test_the_demo_plan_is_fit(call: Call, compressed: list[dict[str, Any]], tmp_path: Path) -> None:

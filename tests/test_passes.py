@@ -19,6 +19,12 @@ from tests.paper import Paper, state_of
 WAYS: dict[str, list[dict]] = {
     "ziplm": [{"speedups": [1.3], "prior": "relative"}],
     "prune": [{"speedups": [1.3], "prior": "relative"}],
+    "optin": [{"speedups": [1.3], "samples": 16, "groups": 3}],
+    "drop_blocks": [
+        {"remove": 1, "samples": 8},
+        {"remove": 1, "score": "angular", "samples": 8, "keep_last": 0},
+        {"speedups": [1.05], "score": "influence", "parts": "sub-blocks", "samples": 8},
+    ],
 }
 CASES = [(step, index, name) for step, ways in WAYS.items() for index in range(len(ways)) for name in TINY]
 DECODING = [case for case in CASES if case[2] in GENERATING]

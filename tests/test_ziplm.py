@@ -345,7 +345,7 @@ def test_contracts():
     assert Prune(speedups=(2,)).requires == {TEACHER}
     assert Prune(speedups=(2,), criterion="obs").requires == {STATISTICS, TEACHER}
     assert ZipLM(speedups=(2,)).branches == ("",)
-    assert set(PASSES) == {"calibrate", "ziplm", "prune", "distill", "finetune"}
+    assert {"calibrate", "ziplm", "prune", "distill", "finetune"} <= set(PASSES)
 
 
 @pytest.mark.parametrize(

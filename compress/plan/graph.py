@@ -34,7 +34,8 @@ class Named(BaseModel):
         """Take options for a step that has nothing but them, and name a step that has no name."""
         fields = {"do": given} if isinstance(given, Options) else given
         if isinstance(fields, Mapping) and isinstance(fields.get("do"), Options):
-            fields = {"name": type(fields["do"]).__name__.lower(), **fields}
+            kind = type(fields["do"])
+            fields = {"name": kind.named or kind.__name__.lower(), **fields}
         return fields
 
     def key_material(self) -> str:
