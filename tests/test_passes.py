@@ -19,6 +19,11 @@ from tests.paper import Paper, state_of
 WAYS: dict[str, list[dict]] = {
     "ziplm": [{"speedups": [1.3], "prior": "relative"}],
     "prune": [{"speedups": [1.3], "prior": "relative"}],
+    # Three blocks have one that may go and none that may share; tests/test_fold.py shares among more.
+    "fold": [
+        {"remove": 1, "group": 1, "gate_steps": 2, "samples": 4},
+        {"remove": 1, "group": 1, "rank": "cosine", "samples": 4},
+    ],
 }
 CASES = [(step, index, name) for step, ways in WAYS.items() for index in range(len(ways)) for name in TINY]
 DECODING = [case for case in CASES if case[2] in GENERATING]
