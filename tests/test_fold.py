@@ -16,6 +16,7 @@ from compress.families import layout_of
 from compress.layout import own_record, prefix_of, record_of
 from compress.lowrank import LowRank
 from compress.runtimes import RUNTIMES
+from compress.runtimes.graph import share_weights
 from compress.sharing import cure_, matrices, share_
 from passes.pruning.fold import Fold, partition
 from passes.pruning.gates import gate, gated, similarities, train_gates
@@ -35,7 +36,7 @@ DEEP = {
     )
     for name, tiny in TINY.items()
 }  # fmt: skip
-CURED = ("bert", "bert-classifier", "llama-tied", "gpt2")  # those that distillation takes, with each kind of linear
+CURED = ("bert", "llama-tied", "gpt2")  # those that distillation takes, with each kind of linear
 BARE = {"group": 2, "cure": 0, "samples": 4}
 
 
@@ -65,7 +66,8 @@ def shared_names(model):
 def assert_shared(model, sharing):
     for block, source in sharing.items():
         mine, theirs = (matrices(model.get_submodule(name)) for name in (block, source))
-        assert mine.keys() == theirs.keys() and mine
+        assert mine
+        assert mine.keys() == theirs.keys()
         assert all(mine[name] is theirs[name] for name in mine)
 
 
@@ -108,7 +110,8 @@ def test_what_is_shared_is_stored_once_and_loads_shared(deep, tmp_path):
     plain, told = type(model).from_pretrained(
         tmp_path / "once", attn_implementation=deep.attentions[0], output_loading_info=True
     )
-    assert not told["missing_keys"] and not told["unexpected_keys"]
+    assert not told["missing_keys"]
+    assert not told["unexpected_keys"]
     checkpoint.save(plain, tmp_path / "twice")
     again = type(model).from_pretrained(tmp_path / "twice", attn_implementation=deep.attentions[0]).eval()
     for one in (plain, again, copy.deepcopy(model), state.branch().model):
@@ -184,9 +187,9 @@ def test_blocks_of_other_shapes_are_not_grouped(tmp_path):
     state.model = TINY["llama"].build(num_hidden_layers=5)
     state.layout = layout_of(state.model)
     state.cut("model.layers.2.columns", range(20))
-    with pytest.raises(LayoutError, match="2 like neighbours asked.*the stacks have 5 blocks"):
+    with pytest.raises(LayoutError, match=r"2 like neighbours asked.*the stacks have 5 blocks"):
         fold(state)
-    with pytest.raises(LayoutError, match="'layers.2' and 'layers.1' differ in shape"):
+    with pytest.raises(LayoutError, match=r"'layers\.2' and 'layers\.1' differ in shape"):
         share_(state.model, own_record(state.model), {"layers.2": "layers.1"})
 
 
@@ -247,7 +250,7 @@ def test_a_block_that_does_nothing_goes_first_and_costs_nothing(name, rank, tmp_
     stack = next(iter(state.layout.stacks))
     identity(state.model, state.layout, f"{stack}.2")
     expected = answer(state.model, DEEP[name].example())
-    fold(state, group=1, remove=1, rank=rank, gate_steps=8)
+    fold(state, group=1, remove=1, rank=rank, gate_steps=40)
     assert state.figures["removed"] == [f"{stack}.2"]
     torch.testing.assert_close(answer(state.model, DEEP[name].example()), expected, rtol=1e-4, atol=1e-5)
 
@@ -262,8 +265,8 @@ def test_gates_know_what_one_block_makes_up_for():
     blocks = list(model.model.layers[1:4])
     batches = [TINY["llama"].example(4)]
     weights = {name: one.clone() for name, one in model.state_dict().items()}
-    scalars = train_gates(model, blocks, batches, steps=40, learning_rate=0.05, penalty=1.0)
-    assert max(scalars[:2]) < scalars[2]
+    openness = train_gates(model, blocks, batches, steps=30, learning_rate=0.05, penalty=0.1)
+    assert max(openness[:2]) < openness[2]
     alike = similarities(model, blocks, batches)
     assert min(alike[:2]) < alike[2]
     assert all(torch.equal(one, weights[name]) for name, one in model.state_dict().items())
@@ -284,7 +287,8 @@ def test_curing_starts_from_the_shared_model_and_lowers_the_tail_loss(name, tmp_
     model = state.model
     assert_shared(model, shared_names(model))
     layers = [module for module in model.modules() if isinstance(module, LowRank)]
-    assert layers and all(layer.up.abs().sum() > 0 and layer.up.shape[1] == 2 for layer in layers)
+    assert layers
+    assert all(layer.up.abs().sum() > 0 and layer.up.shape[1] == 2 for layer in layers)
     assert len({id(layer.up) for layer in layers}) == len(layers)
     norms = {path for path, module in model.named_modules() if getattr(getattr(module, "weight", None), "ndim", 0) == 1}
     for path, one in model.state_dict().items():
@@ -297,6 +301,7 @@ def test_curing_starts_from_the_shared_model_and_lowers_the_tail_loss(name, tmp_
     assert loaded.config.quantization_config == model.config.quantization_config
 
 
+@pytest.mark.slow
 def test_an_onnx_graph_holds_shared_matrices_once(tmp_path):
     state = fold(state_of(DEEP["bert"], tmp_path))
     inputs = DEEP["bert"].example()
@@ -310,3 +315,16 @@ def test_an_onnx_graph_holds_shared_matrices_once(tmp_path):
     mask = inputs["attention_mask"].bool()
     expected = answer(state.model, inputs)
     torch.testing.assert_close(torch.from_numpy(first)[mask].flatten(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_equal_weights_of_a_graph_become_one():
+    same, other = torch.arange(6.0).reshape(2, 3), torch.ones(3, 2)
+    tensors = {"a": same, "b": same.clone(), "turned": same.reshape(3, 2), "across": other.T.contiguous().T}
+    values = {
+        name: onnx_ir.val(name, const_value=onnx_ir.tensor(one.numpy(), name=name)) for name, one in tensors.items()
+    }
+    nodes = [onnx_ir.node("Identity", [value]) for value in values.values()]
+    graph = onnx_ir.Graph([], [], nodes=nodes, initializers=list(values.values()))
+    share_weights(graph)
+    assert list(graph.initializers) == ["a", "turned", "across"]
+    assert [node.inputs[0].name for node in nodes] == ["a", "a", "turned", "across"]

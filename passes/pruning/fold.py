@@ -36,7 +36,7 @@ class Fold(Pass):
     batch_size: int = Field(default=16, ge=1, description="rows a batch, also when curing")
     gate_steps: int = Field(default=100, ge=1, description="updates of the gates")
     gate_learning_rate: float = Field(default=0.05, gt=0, description="of the gates' scalars, which start at 1")
-    penalty: float = Field(default=1.0, gt=0, description="weight of the mean gate beside the model's relative error")
+    penalty: float = Field(default=0.1, gt=0, description="weight of the mean gate beside the model's relative error")
     cure: int = Field(default=8, ge=0, description="rank of the deltas on shared matrices; 0 leaves them as they are")
     cure_steps: int = Field(default=200, ge=1, description="updates of deltas and norms")
     cure_learning_rate: float = Field(default=1e-3, gt=0, description="its peak, for deltas and norms")

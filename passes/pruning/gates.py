@@ -59,14 +59,15 @@ def train_gates(
     learning_rate: float,
     penalty: float,
 ) -> Tensor:
-    """The scalars (blocks,) of gates trained to shut while the model's last states stay what they are.
+    """How open each gate (blocks,) stood on the average of all steps, trained to shut while the last states stay.
 
-    The loss is the squared error of the last states over their mean square, plus `penalty` times the mean gate. A
-    larger scalar is a block more needed; scalars rank where gates, being nearly 1, no longer differ.
+    The loss is the squared error of the model's last states over their mean square, plus `penalty` times the mean
+    gate. At the end many gates are equally shut, so what ranks them is how soon they went and how long they stayed.
     """
     scalars = torch.ones(len(blocks), device=model.device, requires_grad=True)
     optimizer = torch.optim.Adam([scalars], lr=learning_rate)
     first, last = EPSILONS
+    total = torch.zeros(len(blocks), device=model.device)
     with frozen(model):
         for step, batch in track(zip(range(steps), cycle(batches), strict=False), "gates", steps):
             goal = run_body(model, batch)
@@ -77,7 +78,8 @@ def train_gates(
                 loss = square_head([states], [goal], _real(goal, batch)) + penalty * gates.mean()
                 (scalars.grad,) = torch.autograd.grad(loss, [scalars])
             optimizer.step()
-    return scalars.detach().abs()
+            total += gates.detach()
+    return total / steps
 
 
 def similarities(model: PreTrainedModel, blocks: Sequence[nn.Module], batches: Batches) -> list[float]:
