@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from compress.constant import Absent, Constant
 from compress.errors import LayoutError, nearest
+from compress.sharing import follow_drop_, refuse_folded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -110,28 +111,29 @@ class Layout:
 
     def cut(self, model: PreTrainedModel, name: str, keep: Sequence[int]) -> Layout:
         """Keep only the units `keep` of an axis, in place, and record the new size in the model's config."""
-        axis, keep = self._choose(name, keep)
+        axis, keep = self._choose(model, name, keep)
         if len(keep) < axis.least:
             raise LayoutError(f"axis '{name}' needs at least {axis.least} of its {axis.units} units, {len(keep)} asked")
         if len(keep) == axis.units:
             return self
-        record = _record(model)
+        record = own_record(model)
         _narrow_(model, axis, keep) if keep else _remove_(model, axis)
         record["sizes"][name.removeprefix(prefix_of(model))] = len(keep)
         return replace(self, axes={**self.axes, name: replace(axis, units=len(keep))})
 
     def silence(self, model: PreTrainedModel, name: str, units: Sequence[int]) -> None:
         """Zero the columns that read `units`, in place: the model computes what it would if they were cut."""
-        axis, units = self._choose(name, units)
+        axis, units = self._choose(model, name, units)
         with torch.no_grad():
             for site in axis.readers if units else ():
                 module: Any = model.get_submodule(site.module)
                 dim = _stored_dim(module, site.dim)
                 module.weight.index_fill_(dim, axis.positions(site, units).to(module.weight.device), 0.0)
 
-    def _choose(self, name: str, units: Sequence[int]) -> tuple[Axis, list[int]]:
+    def _choose(self, model: PreTrainedModel, name: str, units: Sequence[int]) -> tuple[Axis, list[int]]:
         """The axis of that name and the units, each once and in order; raises LayoutError where it hasn't them."""
         axis, units = self.axis(name), sorted(set(units))
+        refuse_folded(record_of(model.config), prefix_of(model), axis)
         if units and not 0 <= units[0] <= units[-1] < axis.units:
             raise LayoutError(f"axis '{name}' has {axis.units} units, asked for {units[0]}..{units[-1]} counted from 0")
         return axis, units
@@ -153,7 +155,7 @@ class Layout:
         for axis in axes:
             if axis.units < axis.least:
                 raise LayoutError(f"'{axis.name}' would tell how long the cache is, but has no heads left")
-        record, plain = _record(model), stack.removeprefix(prefix_of(model))
+        record, plain = own_record(model), stack.removeprefix(prefix_of(model))
         stacks = {**self.stacks, stack: new}
         _drop_(model, old, keep)
         _count_(model, stacks)
@@ -161,6 +163,7 @@ class Layout:
         record["blocks"][plain] = [origins[i] for i in keep]
         sizes = {_rename(name, plain, order): size for name, size in record["sizes"].items()}
         record["sizes"] = {name: size for name, size in sizes.items() if name is not None}
+        follow_drop_(model, record, lambda name: _rename(name, plain, order))
         return Layout({axis.name: axis for axis in axes}, stacks)
 
 
@@ -180,7 +183,7 @@ def record_of(config: Any) -> dict[str, Any]:
     return entry if entry and entry.get("quant_method") == RECORD else {"sizes": {}, "blocks": {}}
 
 
-def _record(model: PreTrainedModel) -> dict[str, Any]:
+def own_record(model: PreTrainedModel) -> dict[str, Any]:
     """The record of a model, made in its config where it has none, there to be written to."""
     if getattr(model.config, "quantization_config", None) is None:
         model.config.quantization_config = {"quant_method": RECORD, "version": VERSION, "sizes": {}, "blocks": {}}

@@ -17,14 +17,18 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from compress.errors import LayoutError
 from compress.families import dense_layout
-from compress.layout import RECORD, VERSION, prefix_of
+from compress.layout import RECORD, VERSION, own_record, prefix_of
+from compress.sharing import cure_, hollow_, tie_
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 class HfCompressConfig(QuantizationConfigMixin):
-    """The record of cuts while a model is loaded: `sizes` of the cut axes, and the origins of the `blocks` left."""
+    """The record of cuts while a model is loaded: `sizes` of the cut axes, and the origins of the `blocks` left.
+
+    Where blocks were folded, also which of them are `shared` and `cured`; `compress.sharing` tells of both.
+    """
 
     def __init__(
         self,
@@ -32,6 +36,8 @@ class HfCompressConfig(QuantizationConfigMixin):
         blocks: Mapping[str, list[int]] | None = None,
         version: int = VERSION,
         quant_method: str = RECORD,
+        shared: Mapping[str, str] | None = None,
+        cured: Mapping[str, int] | None = None,
     ) -> None:
         if version != VERSION:
             raise LayoutError(
@@ -41,6 +47,10 @@ class HfCompressConfig(QuantizationConfigMixin):
         self.version = version
         self.sizes = dict(sizes or {})
         self.blocks = dict(blocks or {})
+        if shared:
+            self.shared = dict(shared)
+        if cured:
+            self.cured = dict(cured)
 
 
 class HfCompressQuantizer(HfQuantizer):
@@ -56,15 +66,19 @@ class HfCompressQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         record = self.quantization_config.to_dict()
+        shared, cured = record.pop("shared", {}), record.pop("cured", {})
         model.config.quantization_config = copy.deepcopy(record)
         layout, prefix = dense_layout(model), prefix_of(model)
         for name, size in record["sizes"].items():
             layout = layout.cut(model, prefix + name, range(size))
+        cure_(model, own_record(model), cured)
+        hollow_(model, shared)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         from transformers import PreTrainedModel
 
         self.remove_quantization_config(model)
+        tie_(model, getattr(self.quantization_config, "shared", {}))
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
                 module.config.quantization_config = self.quantization_config.to_dict()

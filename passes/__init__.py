@@ -6,6 +6,7 @@ from passes.distillation.finetune import Finetune
 from passes.pruning.calibrate import Calibrate
 from passes.pruning.drop_blocks import DropBlocks
 from passes.pruning.optin import Optin
+from passes.pruning.fold import Fold
 from passes.pruning.prune import Prune
 from passes.pruning.ziplm import ZipLM
 
@@ -15,6 +16,7 @@ PASSES: dict[str, type[Pass]] = {
     "prune": Prune,
     "optin": Optin,
     "drop_blocks": DropBlocks,
+    "fold": Fold,
     "distill": Distill,
     "finetune": Finetune,
 }

@@ -25,6 +25,11 @@ WAYS: dict[str, list[dict]] = {
         {"remove": 1, "score": "angular", "samples": 8, "keep_last": 0},
         {"speedups": [1.05], "score": "influence", "parts": "sub-blocks", "samples": 8},
     ],
+    # Three blocks have one that may go and none that may share; tests/test_fold.py shares among more.
+    "fold": [
+        {"remove": 1, "group": 1, "gate_steps": 2, "samples": 4},
+        {"remove": 1, "group": 1, "rank": "cosine", "samples": 4},
+    ],
 }
 CASES = [(step, index, name) for step, ways in WAYS.items() for index in range(len(ways)) for name in TINY]
 DECODING = [case for case in CASES if case[2] in GENERATING]

@@ -1,7 +1,8 @@
-"""What is done to an ONNX graph after its export: dimensions get their names, and slow fusions are taken apart."""
+"""What is done to an ONNX graph after its export: dimensions get names, slow fusions go, equal weights become one."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
@@ -46,3 +47,20 @@ def split_skip_norms(graph: ir.Graph) -> None:
                 ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
         graph.insert_before(node, tape.nodes)
         graph.remove(node, safe=True)
+
+
+def share_weights(graph: ir.Graph) -> None:
+    """Keep one initializer of each value.
+
+    Blocks that share matrices come out of the export with one each, but the fusions pack queries, keys and values, and
+    fold transposes, into weights of every block's own. onnx_ir's pass for it refuses the transposes, as they lie.
+    """
+    kept: dict[tuple[ir.DataType, tuple[object, ...], bytes], ir.Value] = {}
+    for name, value in list(graph.initializers.items()):
+        tensor = value.const_value
+        if tensor is None or value.is_graph_input() or value.is_graph_output():
+            continue
+        first = kept.setdefault((tensor.dtype, tuple(tensor.shape), hashlib.sha256(tensor.tobytes()).digest()), value)
+        if first is not value:
+            ir.convenience.replace_all_uses_with(value, first)
+            del graph.initializers[name]

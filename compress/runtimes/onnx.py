@@ -95,7 +95,7 @@ class OnnxRuntime(Runtime):
         """
         from transformers.exporters import OnnxConfig, OnnxExporter
 
-        from compress.runtimes.graph import name_dimensions, split_skip_norms
+        from compress.runtimes.graph import name_dimensions, share_weights, split_skip_norms
 
         if model.device.type != "cpu" or model.training:  # both would show in the graph
             model = copy.deepcopy(model).eval()
@@ -110,6 +110,7 @@ class OnnxRuntime(Runtime):
                 with _quiet(), _uncached(model):
                     exported = OnnxExporter().export(model, dict(given), config=config)
                     split_skip_norms(exported.program.graph)
+                    share_weights(exported.program.graph)
                     if config is named:
                         name_dimensions(exported.program.graph, DYNAMIC)
                     exported.save_pretrained(folder)
