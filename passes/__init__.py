@@ -5,12 +5,14 @@ from passes.distillation.distill import Distill
 from passes.distillation.finetune import Finetune
 from passes.pruning.calibrate import Calibrate
 from passes.pruning.prune import Prune
+from passes.pruning.vocabulary import Vocabulary
 from passes.pruning.ziplm import ZipLM
 
 PASSES: dict[str, type[Pass]] = {
     "calibrate": Calibrate,
     "ziplm": ZipLM,
     "prune": Prune,
+    "vocabulary": Vocabulary,
     "distill": Distill,
     "finetune": Finetune,
 }

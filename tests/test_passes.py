@@ -19,6 +19,7 @@ from tests.paper import Paper, state_of
 WAYS: dict[str, list[dict]] = {
     "ziplm": [{"speedups": [1.3], "prior": "relative"}],
     "prune": [{"speedups": [1.3], "prior": "relative"}],
+    "vocabulary": [],  # needs a tokenizer and its texts, so its laws stand in test_vocabulary.py
 }
 CASES = [(step, index, name) for step, ways in WAYS.items() for index in range(len(ways)) for name in TINY]
 DECODING = [case for case in CASES if case[2] in GENERATING]
