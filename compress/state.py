@@ -61,8 +61,9 @@ class State:
     """A model with everything known about it.
 
     `facts` holds values by fact name, `figures` what the running pass wants the report to tell (JSON values), and
-    `kept` the surviving units of every cut axis, both named and counted as in the dense model. A pass that merges
-    finds the states of its further parents in `others`.
+    `kept` the surviving units of every cut axis, both named and counted as in the dense model. `dense` is what speed
+    is compared with, `teacher` what outputs are. A pass that merges finds the states of its further parents in
+    `others`.
     """
 
     model: PreTrainedModel

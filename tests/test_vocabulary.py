@@ -18,10 +18,14 @@ from compress.data import Data, DataOptions
 from compress.errors import DataError, LayoutError, PlanError
 from compress.evaluate import evaluate
 from compress.families import layout_of
+from compress.plan import Plan, Tables
+from compress.runner import Run, prepare
 from compress.state import State, Teacher, Workshop
 from compress.target import Target
 from compress.tasks import TASKS
 from compress.vocabulary import cut_vocabulary, named_tokens
+from exporters import EXPORTERS
+from passes import PASSES
 from passes.distillation.compare import Comparison
 from passes.distillation.finetune import Finetune
 from passes.pruning.tokens import ids_of, indispensable, narrow, parts_of, state_of
@@ -411,22 +415,23 @@ def world(tmp_path_factory):
     return folder
 
 
-def test_a_whole_run_uses_the_new_tokens_and_judges_the_dense_model_by_its_own(world, tmp_path):
+def test_later_steps_and_judges_read_the_new_tokens_and_the_dense_model_its_own(world, tmp_path):
     values = {
         "model": str(world / "my-encoder"),
         "data": {"source": str(world / "reviews.txt")},
-        "target": {"runtime": "torch", "sequence": 16},
-        "passes": ["vocabulary", "calibrate", {"distill": {"steps": 2, "batch_size": 8}}],
-        "export": ["huggingface"],
+        "passes": ["vocabulary", {"distill": {"steps": 2, "batch_size": 8}}],
     }
-    result = compress(plan=values, out=tmp_path / "out")
-    (branch,) = result.report["branches"]
-    assert result.report["baseline"]["quality"]["cosine"] == pytest.approx(1)
-    assert branch["quality_before_recovery"]["cosine"] == pytest.approx(1)
-    assert branch["parameters"] < result.report["baseline"]["parameters"]
-    folder = tmp_path / "out" / "model"
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), transformers.AutoModel.from_pretrained(folder)
-    assert len(tokenizer) == model.config.vocab_size == branch["steps"][0]["figures"]["tokens"]["after"] < 64
+    run = Run(Plan.read(values, Tables(PASSES, EXPORTERS)), prepare(tmp_path / "out", fresh=True))
+    (leaf,) = run.go()
+    for node in (leaf, *leaf.parents):
+        state = run.state(node)
+        assert len(state.tokenizer) == len(state.data.tokenizer) == state.model.config.vocab_size < 64
+        assert state.data is run.state(node).data, "texts are tokenized once, however often a state is read"
+        scores = evaluate(state.model, state.data, state.task, teacher=state.teacher)
+        assert scores["cosine"].value == pytest.approx(1, abs=1e-3)
+    dense = state.as_dense()
+    assert (dense.model, dense.data) == (state.dense.model, run.data)
+    assert evaluate(dense.model, dense.data, dense.task, teacher=dense.teacher)["cosine"].value == pytest.approx(1)
 
 
 def test_the_plan_tells_wrong_options():

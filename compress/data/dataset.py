@@ -104,7 +104,8 @@ class Data:
         }
         state = json.dumps([self.fingerprint, tokenizer_state(tokenizer)], sort_keys=True)
         digest = hashlib.sha256(state.encode()).hexdigest()
-        self.readings[:] = self.readings or [self]
+        if not self.readings:
+            self.readings.append(self)
         self.readings.append(replace(self, tokenizer=tokenizer, splits=splits, fingerprint=digest))
         return self.readings[-1]
 
