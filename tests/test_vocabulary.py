@@ -332,6 +332,8 @@ def test_the_pass_leaves_the_data_and_what_is_computed_of_it(task, tmp_path):
     assert torch.equal(taught, theirs)
     figures = after.figures
     assert figures["coverage"] == 1
+    assert figures["test_tokens"]["after"] >= figures["test_tokens"]["before"] > 0
+    assert len(figures["warnings"]) == 1 + after.task.packs
     assert figures["tokens"]["after"] == len(kept)
     assert figures["parameters"]["after"] == after.model.num_parameters() < figures["parameters"]["before"]
     scores = evaluate(after.model, after.data, after.task, teacher=after.teacher)

@@ -47,11 +47,12 @@ class Vocabulary(Pass):
         from compress.vocabulary import cut_vocabulary, named_tokens, rows_of
         from passes.pruning.tokens import ids_of, indispensable, narrow, parts_of, state_of
 
-        tokenizer, rows, size = state.tokenizer, rows_of(state.model), state.model.num_parameters()
+        whole, tokenizer = state.data, state.tokenizer
+        rows, size = rows_of(state.model), state.model.num_parameters()
         if tokenizer is None:
             raise DataError("vocabulary: the model has no tokenizer; expected tokenizer.json beside config.json")
         written = state_of(tokenizer)
-        ids, counts = ids_of(written), occurrences(state.data, rows)
+        ids, counts = ids_of(written), occurrences(whole, rows)
         met = set(counts.nonzero()[0].tolist())
         special = {str(token) for token in tokenizer.all_special_tokens}
         needed = special | indispensable(written, [token for token, number in ids.items() if number in met])
@@ -62,7 +63,7 @@ class Vocabulary(Pass):
         kept = choose(counts, must, parts_of(written), self.coverage, self.keep)
         state.tokenizer = narrow(tokenizer, kept)
         cut_vocabulary(state.model, kept)
-        state.data = state.data.retokenized(state.tokenizer)
+        state.data = whole.retokenized(state.tokenizer)
         former = state.facts.get(VOCABULARY.name)
         table = torch.tensor(kept)
         state.give(VOCABULARY, {"kept": table if former is None else former["kept"][table]})
@@ -70,17 +71,24 @@ class Vocabulary(Pass):
             "tokens": {"before": rows, "met": len(met), "must_stay": len(must), "after": len(kept)},
             "parameters": {"before": size, "after": state.model.num_parameters()},
             "coverage": float(counts[kept].sum() / counts.sum()),
+            "test_tokens": {"before": length(whole), "after": length(state.data)},
             "warnings": list(self.caveats(state)),
         }
         yield state
 
     def caveats(self, state: State) -> Iterator[str]:
         """What a reader of the report must know of scores after it."""
+        yield (
+            "likeness to the teacher is measured on texts as the kept tokens split them, the teacher's predictions "
+            "taken among those; what the other splitting costs shows in scores against labels, and in `test_tokens`"
+        )
         if state.task.packs:
-            yield (
-                "perplexity is per token and among the kept tokens only, so it is not that of the dense vocabulary; "
-                "likeness to the teacher is measured with the teacher's predictions taken among the kept tokens as well"
-            )
+            yield "perplexity is per token and among the kept tokens only, so it is not that of the dense vocabulary"
+
+
+def length(data: Data) -> int:
+    """How many tokens the test split has, of each text as many as are read."""
+    return sum(len(sequence["input_ids"]) for sequence in data.split("test").encoded.sequences)
 
 
 def occurrences(data: Data | None, rows: int) -> np.ndarray:
