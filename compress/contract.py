@@ -37,8 +37,9 @@ class Fact:
 
 TEACHER = Fact("teacher", Part.NONE, "the dense model that recovery imitates and speed is compared with")
 STATISTICS = Fact("statistics", Part.SHAPE | Part.VALUES, "Gram matrices of the inputs of the prunable projections")
+VOCABULARY = Fact("vocabulary", Part.NONE, "the tokens of the dense model that are left, where some were dropped")
 
-FACTS = {fact.name: fact for fact in (TEACHER, STATISTICS)}
+FACTS = {fact.name: fact for fact in (TEACHER, STATISTICS, VOCABULARY)}
 
 
 class Options(BaseModel):

@@ -55,7 +55,7 @@ def outcome(run: Run, leaves: Sequence[Node], out: Path, started: float) -> dict
         "plan": run.plan.to_yaml(),
         "task": run.task.name,
         "seconds": round(time.monotonic() - started, 1),
-        "baseline": {**_size(dense), **_told(timings[0]), **_split(_quality(stored, dense, baseline), "quality")},
+        "baseline": {**_size(dense), **_told(timings[0]), **_split(_quality(stored, baseline.as_dense()), "quality")},
         "branches": branches,
     }
 
@@ -66,11 +66,11 @@ def _branch(run: Run, leaf: Node, state: State, out: Path) -> dict[str, Any]:
     while chain[0].parents:
         chain.insert(0, chain[0].parents[0])
     rows = [store.row_of(run.folder(node)) for node in chain]
-    quality = _quality(run.folder(leaf) / "quality.json", state.model, state)
+    quality = _quality(run.folder(leaf) / "quality.json", state)
     before = quality
     shaped = [node for node in chain if Part.SHAPE in node.step.do.touches]
     if shaped and shaped[-1] is not leaf:
-        before = _quality(run.folder(shaped[-1]) / "quality.json", run.state(shaped[-1]).model, state)
+        before = _quality(run.folder(shaped[-1]) / "quality.json", run.state(shaped[-1]))
     pruned: dict[str, Any] = next((row["figures"] for row in rows[::-1] if "promised" in row["figures"]), {})
     branch: dict[str, Any] = {
         "name": leaf.branch or "compressed",
@@ -138,12 +138,12 @@ def _size(model: PreTrainedModel) -> dict[str, int]:
     }
 
 
-def _quality(path: Path, model: PreTrainedModel, state: State) -> dict[str, Any]:
-    """Scores of a model on the test split, fidelity to the state's dense model among them."""
+def _quality(path: Path, state: State) -> dict[str, Any]:
+    """Scores of a state's model on the test split, fidelity to its teacher among them."""
 
     def judge() -> dict[str, Any]:
         say("judging quality on the test split")
-        scores = evaluate(model, state.data, state.task, split="test", teacher=state.dense.model)
+        scores = evaluate(state.model, state.data, state.task, split="test", teacher=state.teacher)
         return {name: asdict(score) for name, score in scores.items()}
 
     return remembered(path, judge)

@@ -11,14 +11,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from compress.contract import FACTS, Fact, Pass, stale_after
+from compress.contract import FACTS, VOCABULARY, Fact, Pass, stale_after
 from compress.data import Data
+from compress.families import layout_of
 from compress.layout import Layout, prefix_of, record_of
 from compress.runtimes import RUNTIMES, example_inputs
 from compress.target import Target
 from compress.tasks import Task
+from compress.vocabulary import cut_vocabulary
 
 FactValue = Mapping[str, Any]  # tensors are stored as safetensors, everything else as JSON
 
@@ -48,14 +50,20 @@ class Teacher:
             raise RuntimeError("a teacher without a source carries its model")
         return self.task.load(self.source).eval().requires_grad_(False)
 
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that lies with the model."""
+        return AutoTokenizer.from_pretrained(self.source)
+
 
 @dataclass
 class State:
     """A model with everything known about it.
 
     `facts` holds values by fact name, `figures` what the running pass wants the report to tell (JSON values), and
-    `kept` the surviving units of every cut axis, both named and counted as in the dense model. A pass that merges
-    finds the states of its further parents in `others`.
+    `kept` the surviving units of every cut axis, both named and counted as in the dense model. `dense` is what speed
+    is compared with, `teacher` what outputs are. A pass that merges finds the states of its further parents in
+    `others`.
     """
 
     model: PreTrainedModel
@@ -70,6 +78,20 @@ class State:
     figures: dict[str, Any] = field(default_factory=dict)
     kept: dict[str, list[int]] = field(default_factory=dict)
     others: tuple[State, ...] = ()
+
+    @property
+    def teacher(self) -> PreTrainedModel:
+        """The dense model with the tokens of this one: itself, or a copy cut to them that shares all its other weights.
+
+        For a text of these tokens it gives the dense model's hidden states, and its predictions among them.
+        """
+        vocabulary = self.facts.get(VOCABULARY.name)
+        if vocabulary is None:
+            return self.dense.model
+        shared: dict[int, Any] = {id(parameter): parameter for parameter in self.dense.model.parameters()}
+        copied = copy.deepcopy(self.dense.model, shared)
+        cut_vocabulary(copied, vocabulary["kept"].tolist())
+        return copied
 
     def give(self, fact: Fact, value: FactValue) -> None:
         """Set a fact that the running pass provides."""
@@ -118,10 +140,19 @@ class State:
             self.dense, self.data, dict(self.facts), dict(self.figures), dict(self.kept),
         )  # fmt: skip
 
+    def as_dense(self) -> State:
+        """The dense model in a state of its own, with its tokenizer and the data as that reads them."""
+        tokenizer = self.dense.tokenizer
+        return State(
+            self.dense.model, tokenizer, layout_of(self.dense.model), self.task, self.target, self.workshop,
+            self.dense, self.data.retokenized(tokenizer),
+        )  # fmt: skip
+
     def becomes_dense(self) -> None:
         """Make the present model the dense one: the teacher of what follows and the baseline of its speed."""
         self.dense = Teacher(None, self.task)
         self.dense.model = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.facts.pop(VOCABULARY.name, None)  # it told of the former dense model's tokens
 
 
 def dense_name(name: str, model: PreTrainedModel) -> str:

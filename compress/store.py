@@ -52,6 +52,7 @@ def recall(folder: Path, target: Target, data: Data, workshop: Workshop, teacher
     for name, plain in written["facts"].items():
         tensors = folder / f"{name}.safetensors"
         facts[name] = {**plain, **(load_file(tensors) if tensors.exists() else {})}
+    data = data if tokenizer is None else data.retokenized(tokenizer)
     return State(
         model, tokenizer, layout_of(model), dense.task, target, workshop, dense, data, facts, kept=written["kept"]
     )  # fmt: skip

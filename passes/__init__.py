@@ -5,9 +5,10 @@ from passes.distillation.distill import Distill
 from passes.distillation.finetune import Finetune
 from passes.pruning.calibrate import Calibrate
 from passes.pruning.drop_blocks import DropBlocks
-from passes.pruning.optin import Optin
 from passes.pruning.fold import Fold
+from passes.pruning.optin import Optin
 from passes.pruning.prune import Prune
+from passes.pruning.vocabulary import Vocabulary
 from passes.pruning.ziplm import ZipLM
 
 PASSES: dict[str, type[Pass]] = {
@@ -17,6 +18,7 @@ PASSES: dict[str, type[Pass]] = {
     "optin": Optin,
     "drop_blocks": DropBlocks,
     "fold": Fold,
+    "vocabulary": Vocabulary,
     "distill": Distill,
     "finetune": Finetune,
 }

@@ -30,6 +30,7 @@ WAYS: dict[str, list[dict]] = {
         {"remove": 1, "group": 1, "gate_steps": 2, "samples": 4},
         {"remove": 1, "group": 1, "rank": "cosine", "samples": 4},
     ],
+    "vocabulary": [],  # needs a tokenizer and its texts, so its laws stand in test_vocabulary.py
 }
 CASES = [(step, index, name) for step, ways in WAYS.items() for index in range(len(ways)) for name in TINY]
 DECODING = [case for case in CASES if case[2] in GENERATING]

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -56,6 +56,7 @@ class Data:
     splits: dict[str, Split]
     classes: Labels | None
     fingerprint: str
+    readings: list[Data] = field(default_factory=list, repr=False, compare=False)  # these rows by every tokenizer
 
     @classmethod
     def open(cls, options: DataOptions, tokenizer: PreTrainedTokenizerBase, task: Task) -> Data:
@@ -90,6 +91,24 @@ class Data:
             classes=classes,
             fingerprint=fingerprint(options, tokenizer, task, {"source": rows, **held}),
         )
+
+    def retokenized(self, tokenizer: PreTrainedTokenizerBase) -> Data:
+        """These rows as another tokenizer reads them, one object each; itself where the tokens are the same."""
+        vocabulary = tokenizer.get_vocab()
+        for known in (self, *self.readings):
+            if known.tokenizer.get_vocab() == vocabulary:
+                return known
+        length = min(self.options.max_length, tokenizer.model_max_length)
+        splits = {
+            name: Split(split.rows, replace(split.encoder, tokenizer=tokenizer, max_length=length))
+            for name, split in self.splits.items()
+        }
+        state = json.dumps([self.fingerprint, tokenizer_state(tokenizer)], sort_keys=True)
+        digest = hashlib.sha256(state.encode()).hexdigest()
+        if not self.readings:
+            self.readings.append(self)
+        self.readings.append(replace(self, tokenizer=tokenizer, splits=splits, fingerprint=digest))
+        return self.readings[-1]
 
     @property
     def labels(self) -> tuple[str, ...] | None:

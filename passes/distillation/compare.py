@@ -34,9 +34,10 @@ class Comparison:
         readers = [name for name in HEAD if name in self.weights]
         if readers and state.task.name == "feature-extraction":
             raise TrainingError(f"distill: loss '{readers[0]}' reads predictions, which feature-extraction has not")
-        models: tuple[nn.Module, nn.Module] = (state.model, state.dense.model)
+        teacher = state.teacher
+        models: tuple[nn.Module, nn.Module] = (state.model, teacher)
         if not readers:
-            models = (state.model.base_model, state.dense.model.base_model)
+            models = (state.model.base_model, teacher.base_model)
         self.student, self.teacher = models
         self.extras: dict[str, Any] = {"output_hidden_states": any(name in self.weights for name in STATES)}
         if state.task.name == "text-generation":

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from compress.contract import TEACHER, Fact, Part, Pass
+from compress.contract import TEACHER, VOCABULARY, Fact, Part, Pass
 from compress.errors import LayoutError
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class StructuredPruning(Pass):
             raise LayoutError(f"nothing of kind {' or '.join(self.kinds)} is left to cut in this model")
         curves, fit = self.curves(state, axes)
         menu = _menu(state, axes, self.losses(state, curves, fit))
-        as_dense = state.layout == layout_of(state.dense.model)
+        as_dense = state.layout == layout_of(state.dense.model) and VOCABULARY.name not in state.facts
         dense, present = timed(state, None if as_dense else state)
 
         def trial(sizes: Sizes) -> Ratio:
