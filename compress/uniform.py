@@ -46,10 +46,11 @@ Spans = Mapping[str, Sequence[Span]]  # by parameter
 
 
 def narrow(model: PreTrainedModel, layout: Layout, keep: Mapping[str, Sequence[int]]) -> PreTrainedModel:
-    """A new model with only the units `keep` of some axes and, under ``hidden``, channels of the residual stream.
+    """Give a new model with only the units `keep` of some axes and, under ``hidden``, channels of the residual stream.
 
     Axes that one entry of the config tells must keep as many units each. The model given stays as it was; the new one
-    is on its device and in its mode. Raises LayoutError where no stock config tells the sizes.
+    is on its device and in its mode. What a family scales by its hidden size (Gemma its embeddings, T5 its tied logits)
+    follows the new size. Raises LayoutError where no stock config tells the sizes.
     """
     units = {name: axis.units for name, axis in layout.axes.items()} | {HIDDEN: model.config.hidden_size}
     chosen = {name: sorted(set(keep.get(name, range(units[name])))) for name in units}
@@ -76,13 +77,7 @@ def resized(model: PreTrainedModel, layout: Layout, sizes: Mapping[str, int]) ->
     if record_of(model.config)["sizes"]:
         raise LayoutError("this model has widths of its own in some blocks; expected one whose blocks are alike")
     config, before = copy.deepcopy(model.config), model.config.hidden_size
-    blocks = record_of(config)["blocks"]
-    if getattr(config, "quantization_config", None) is not None:
-        if record_of(config) is not config.quantization_config:
-            raise LayoutError("this model is already quantized; expected one that is not: narrow before quantizing")
-        del config.quantization_config
-    if blocks:
-        setattr(config, ORIGINS, blocks)
+    _become_plain(config)
     hidden = sizes.get(HIDDEN, before)
     for entry in ("hidden_size", *FOLLOWERS):
         if getattr(config, entry, None) == before:
@@ -110,6 +105,13 @@ def resized(model: PreTrainedModel, layout: Layout, sizes: Mapping[str, int]) ->
     except (StrictDataclassError, ValueError) as error:
         raise LayoutError(f"transformers refuses these sizes: {str(error).splitlines()[-1].strip()}") from error
     return config
+
+
+def drop(model: PreTrainedModel, layout: Layout, stack: str, keep: Sequence[int]) -> Layout:
+    """Keep only the blocks `keep` of a stack, in place, and leave the config one that stock transformers reads."""
+    layout = layout.drop(model, stack, keep)
+    _become_plain(model.config)
+    return layout
 
 
 def places(axis: Axis) -> int:
@@ -153,6 +155,16 @@ def spans(model: PreTrainedModel, layout: Layout) -> Spans:
                     raise LayoutError(f"'{name}' grows from {tuple(tensor.shape)} to {tuple(wide[name].shape)} with it")
                 here.append(Span(dim, HIDDEN))
     return found
+
+
+def _become_plain(config: Any) -> None:
+    """Turn a record that tells of blocks alone into an entry that transformers carries along and doesn't read."""
+    if getattr(config, "quantization_config", None) is None:
+        return
+    if record_of(config) is not config.quantization_config:
+        raise LayoutError("this model is already quantized; expected one that is not: narrow before quantizing")
+    setattr(config, ORIGINS, record_of(config)["blocks"])
+    del config.quantization_config
 
 
 def _filled(model: PreTrainedModel, config: Any, weights: dict[str, Tensor]) -> PreTrainedModel:

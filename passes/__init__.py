@@ -4,6 +4,7 @@ from compress.contract import Pass
 from passes.distillation.distill import Distill
 from passes.distillation.finetune import Finetune
 from passes.pruning.calibrate import Calibrate
+from passes.pruning.minitron import Minitron
 from passes.pruning.prune import Prune
 from passes.pruning.ziplm import ZipLM
 
@@ -11,6 +12,7 @@ PASSES: dict[str, type[Pass]] = {
     "calibrate": Calibrate,
     "ziplm": ZipLM,
     "prune": Prune,
+    "minitron": Minitron,
     "distill": Distill,
     "finetune": Finetune,
 }

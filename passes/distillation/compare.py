@@ -16,7 +16,8 @@ from compress.layout import record_of
 from compress.state import State
 from passes.distillation.losses import LOSSES
 
-HEAD, STATES = ("logits", "task"), ("hidden", "tokens", "embedding")
+HEAD, STATES = ("logits", "task"), ("hidden", "tokens", "embedding", "similarity")
+SAME_WIDTH = ("hidden", "tokens", "embedding")  # losses that subtract states of the student from the teacher's
 FAR_BELOW = -1e4  # a logit whose probability is zero in float32
 
 
@@ -34,6 +35,13 @@ class Comparison:
         readers = [name for name in HEAD if name in self.weights]
         if readers and state.task.name == "feature-extraction":
             raise TrainingError(f"distill: loss '{readers[0]}' reads predictions, which feature-extraction has not")
+        if not same_hidden_width(state) and (unlike := [name for name in SAME_WIDTH if name in self.weights]):
+            mine, theirs = state.model.config.hidden_size, state.dense.model.config.hidden_size
+            instead = "similarity" if state.task.name == "feature-extraction" else "logits"
+            raise TrainingError(
+                f"distill: loss '{unlike[0]}' compares hidden states, of width {mine} here and {theirs} in the dense "
+                f"model; expected a loss that needs no equal widths: {instead}"
+            )
         models: tuple[nn.Module, nn.Module] = (state.model, state.dense.model)
         if not readers:
             models = (state.model.base_model, state.dense.model.base_model)
@@ -77,7 +85,7 @@ class Comparison:
         """What the loss of that name takes: student's, teacher's and, where it has one, its mask."""
         if name == "logits":
             return _predictions(mine, mask), _predictions(theirs, mask), _rows(mine, mask, labels)
-        if name == "embedding":
+        if name in ("embedding", "similarity"):
             last = (BaseModelOutput(last_hidden_state=one.hidden_states[-1]) for one in (mine, theirs))
             return tuple(embed(one, mask) for one in last)
         places = self.places(len(mine.hidden_states) - 1, len(theirs.hidden_states) - 1)
@@ -91,6 +99,11 @@ class Comparison:
         left = _origins(self.student.config, mine)
         right = list(_origins(self.teacher.config, theirs))
         return [right.index(origin) + 1 for origin in left[:-1]] + [theirs]
+
+
+def same_hidden_width(state: State) -> bool:
+    """Whether the states of model and teacher can be compared channel by channel."""
+    return state.model.config.hidden_size == state.dense.model.config.hidden_size
 
 
 def _origins(config: Any, blocks: int) -> Sequence[int]:

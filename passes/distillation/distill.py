@@ -26,6 +26,7 @@ class Weights(Options):
     tokens: float = Field(default=0.0, ge=0, description="states after every block, squared distance (ZipLM)")
     logits: float = Field(default=0.0, ge=0, description="divergence of the predictions")
     embedding: float = Field(default=0.0, ge=0, description="cosine distance of mean-pooled embeddings")
+    similarity: float = Field(default=0.0, ge=0, description="cosines between the embeddings of a batch, of any width")
     task: float = Field(default=0.0, ge=0, description="the model's own loss against the labels")
 
     @model_validator(mode="after")
@@ -35,18 +36,22 @@ class Weights(Options):
         return self
 
     @classmethod
-    def fitting(cls, task: Task, labelled: bool) -> Weights:
-        """The weights where a plan gives none; labels help a classifier, a language model is better off without."""
+    def fitting(cls, task: Task, labelled: bool, same_width: bool = True) -> Weights:
+        """The weights where a plan gives none; labels help a classifier, a language model is better off without.
+
+        Hidden states of unlike widths can't be compared.
+        """
+        hidden = 1.0 if same_width else 0.0
         if task.name == "feature-extraction":
-            return cls(hidden=1.0, embedding=1.0)
-        return cls(hidden=1.0, logits=1.0, task=1.0 if labelled and not task.packs else 0.0)
+            return cls(hidden=hidden, embedding=hidden, similarity=1.0 - hidden)
+        return cls(hidden=hidden, logits=1.0, task=1.0 if labelled and not task.packs else 0.0)
 
 
 class Distill(TrainingOptions, Pass):
     """Train the model towards the teacher's hidden states and predictions, validated by the same loss.
 
-    Without `losses` the weights fit the task. The student keeps the teacher's hidden width; where blocks were
-    dropped, each one left is compared with the one it was. Dropout is off, as the teacher's is.
+    Without `losses` the weights fit the task. Where blocks were dropped, each one left is compared with the one it was;
+    where the hidden width is another, predictions or similarities alone are. Dropout is off, as the teacher's is.
     """
 
     requires = frozenset({TEACHER})
@@ -66,13 +71,14 @@ class Distill(TrainingOptions, Pass):
     def run(self, state: State) -> Iterator[State]:
         """Yield the state with the weights of the lowest validation loss."""
         from compress.training import train
-        from passes.distillation.compare import Comparison
+        from passes.distillation.compare import Comparison, same_hidden_width
 
         data = state.data
         if data is None:
             raise DataError("distill: the plan has no data; expected some to train on")
         sample = next(iter(data.batches("train", 1)), {})
-        weights = self.losses or Weights.fitting(state.task, labelled=not sample.keys() <= Comparison.inputs)
+        labelled, same_width = not sample.keys() <= Comparison.inputs, same_hidden_width(state)
+        weights = self.losses or Weights.fitting(state.task, labelled, same_width)
         compare = Comparison(weights.model_dump(), state, self.temperature, self.epsilon)
         batches = max(1, self.validation_rows // self.batch_size)
         result = train(

@@ -55,11 +55,22 @@ def embedding_distance(student: Tensor, teacher: Tensor) -> Tensor:
     return (1 - F.cosine_similarity(student.float(), teacher.float(), dim=-1)).mean()
 
 
+def similarity_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """Squared differences of the cosines between the embeddings (batch, any width) of a batch, averaged over pairs.
+
+    A batch of one has no pairs and no loss. After Tung & Mori, "Similarity-preserving distillation", arXiv:1907.09682.
+    """
+    mine, theirs = (F.normalize(one.float(), dim=-1) for one in (student, teacher))
+    pairs = max(1, len(mine) * (len(mine) - 1))
+    return (mine @ mine.T - theirs @ theirs.T).square().sum() / pairs  # the diagonal is 0
+
+
 LOSSES: dict[str, Callable[..., Tensor]] = {
     "hidden": square_head,
     "tokens": token_distance,
     "logits": logit_kl,
     "embedding": embedding_distance,
+    "similarity": similarity_distance,
 }
 
 

@@ -75,12 +75,12 @@ class StructuredPruning(Pass):
         curves, fit = self.curves(state, axes)
         menu = _menu(state, axes, self.losses(state, curves, fit))
         as_dense = state.layout == layout_of(state.dense.model)
-        dense, present = _timed(state, None if as_dense else state)
+        dense, present = timed(state, None if as_dense else state)
 
         def trial(sizes: Sizes) -> Ratio:
             from compress.measure import speedup
 
-            return speedup(*_timed(state, cut_to(state, curves, sizes, fit)))
+            return speedup(*timed(state, cut_to(state, curves, sizes, fit)))
 
         for faster in self.speedups:
             promise = pursue(
@@ -122,7 +122,7 @@ def _menu(state: State, axes: Sequence[Axis], losses: Mapping[str, np.ndarray]) 
     return Menu(sizes, {axis.name: losses[axis.name][axis.units - np.array(sizes[axis.name])] for axis in axes}, times)
 
 
-def _timed(state: State, other: State | None) -> tuple[Timing, Timing]:
+def timed(state: State, other: State | None) -> tuple[Timing, Timing]:
     """Time the dense model and another in turn; without another, the dense model stands for both."""
     from compress.measure import measure
 
