@@ -170,9 +170,10 @@ def _become_plain(config: Any) -> None:
 def _filled(model: PreTrainedModel, config: Any, weights: dict[str, Tensor]) -> PreTrainedModel:
     """A stock model of the config with the weights, in other things like `model`."""
     words = {"dtype": model.dtype, "attn_implementation": model.config._attn_implementation}
-    filled, told = type(model).from_pretrained(
+    loaded: Any = type(model).from_pretrained(
         None, config=config, state_dict=weights, output_loading_info=True, **words
-    )  # fmt: skip
+    )
+    filled, told = loaded
     strange = sorted(told["missing_keys"]) + sorted(told["unexpected_keys"])
     if strange:
         raise LayoutError(f"narrowed, this model has other parameters than before, the first is {strange[0]}")

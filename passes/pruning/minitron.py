@@ -123,11 +123,11 @@ class Minitron(Pass):
             return [cutter.space.complete(self.sizes)]
         if self.parameters is not None:
             return self._near(cutter, self.parameters, self.candidates)
-        share, ratio = 1.0, 1.0
+        goal, share, ratio = self.speedup or 1.0, 1.0, 1.0
         for _ in range(ROUNDS):
-            share *= ratio / (self.speedup * (1 + MARGIN))
+            share *= ratio / (goal * (1 + MARGIN))
             ratio = cutter.speedup(cutter.cut(self._near(cutter, share, 1)[0]))
-            if self.speedup <= ratio <= self.speedup * (1 + 3 * MARGIN):
+            if goal <= ratio <= goal * (1 + 3 * MARGIN):
                 break
         return self._near(cutter, share, self.candidates)
 
