@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from compress.layout import Axis, Layout
 
 Config = Any  # a transformers config; its `attribute_map` makes most names of entries alike
+HEADS = "num_attention_heads"
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Width:
 
     `rows` are (module, rows per unit) that write it, named again for each further run where several share a matrix;
     `reader` is the (module, columns per unit) that reads it; `bypass` the (module, further outputs) that goes with the
-    last unit; `attributes` are (attribute of that module, value per unit).
+    last unit; `attributes` are (attribute of that module, value per unit); `entries` are those of `Axis`.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Width:
     reader: tuple[str, int]
     bypass: tuple[str, int]
     attributes: tuple[tuple[str, int], ...] = ()
+    entries: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def heads(
     output: str,
     *,
     name: str = "heads",
-    count: int | None = None,
+    entry: str = HEADS,
     packed: int = 1,
     counts: Sequence[str] = (),
     widths: Sequence[str] = (),
@@ -71,22 +73,23 @@ def heads(
 ) -> Width:
     """The heads of one attention; a unit is a key-value head with its query heads.
 
-    `inputs` are the projections inside `module`, that of the queries first; `count` is the number of heads where the
-    config has several; `packed` rows stand together for each place in a head; `counts` and `widths` are attributes of
-    `module` with the number of heads and of places in them; `extra` is how many outputs it gives beside the states.
+    `inputs` are the projections inside `module`, that of the queries first; `entry` is that of their number
+    where the config has several; `packed` rows stand together for each place in a head; `counts` and `widths` are
+    attributes of `module` with the number of heads and of places; `extra` is how many outputs it gives beside states.
     """
-    units = count or getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    count = count or config.num_attention_heads
+    count, groups = getattr(config, entry), None if entry != HEADS else getattr(config, "num_key_value_heads", None)
+    units = groups or count
     places = getattr(config, "head_dim", None) or config.hidden_size // count
     group = count // units
     rows = [(f"{module}.{path}", places * packed * (group if index == 0 else 1)) for index, path in enumerate(inputs)]
     attributes = [(attribute, group) for attribute in counts] + [(attribute, places * group) for attribute in widths]
-    return Width(name, units, tuple(rows), (output, places * group), (module, extra), tuple(attributes))
+    entries = ((entry, group), *((("num_key_value_heads", 1),) if groups else ()))
+    return Width(name, units, tuple(rows), (output, places * group), (module, extra), tuple(attributes), entries)
 
 
-def columns(units: int, module: str, rows: Sequence[str], output: str) -> Width:
+def columns(units: int, module: str, rows: Sequence[str], output: str, entry: str = "intermediate_size") -> Width:
     """The inner columns of one feed-forward layer, which goes as `module` with the last of them."""
-    return Width("columns", units, tuple((path, 1) for path in rows), (output, 1), (module, 0))
+    return Width("columns", units, tuple((path, 1) for path in rows), (output, 1), (module, 0), entries=((entry, 1),))
 
 
 def full(length: int) -> tuple[str, ...]:
@@ -97,8 +100,7 @@ def full(length: int) -> tuple[str, ...]:
 def bert(config: Config) -> Iterator[Blocks]:
     """BERT and those that share its blocks: RoBERTa, XLM-RoBERTa, CamemBERT, Electra."""
     length, inputs, output = config.num_hidden_layers, ("query", "key", "value"), "attention.output.dense"
-    counts, widths = ["num_attention_heads"], ["all_head_size"]
-    attention = heads(config, "attention.self", inputs, output, counts=counts, widths=widths)
+    attention = heads(config, "attention.self", inputs, output, counts=[HEADS], widths=["all_head_size"])
     feed = columns(config.intermediate_size, "intermediate", ["intermediate.dense"], "output.dense")
     yield Blocks("encoder.layer", length, (attention, feed), caches=full(length) if config.is_decoder else ())
 
@@ -107,14 +109,14 @@ def distilbert(config: Config) -> Iterator[Blocks]:
     """DistilBERT."""
     inputs, output = ("q_lin", "k_lin", "v_lin"), "attention.out_lin"
     attention = heads(config, "attention", inputs, output, counts=["n_heads"], widths=["dim"])
-    feed = columns(config.hidden_dim, "ffn", ["ffn.lin1"], "ffn.lin2")
+    feed = columns(config.hidden_dim, "ffn", ["ffn.lin1"], "ffn.lin2", "hidden_dim")
     yield Blocks("transformer.layer", config.num_hidden_layers, (attention, feed))
 
 
 def mpnet(config: Config) -> Iterator[Blocks]:
     """MPNet: one table of relative positions holds a column for each head, in all layers."""
-    counts, widths = ["num_attention_heads"], ["all_head_size"]
-    attention = heads(config, "attention.attn", ("q", "k", "v"), "attention.attn.o", counts=counts, widths=widths)
+    inputs, output = ("q", "k", "v"), "attention.attn.o"
+    attention = heads(config, "attention.attn", inputs, output, counts=[HEADS], widths=["all_head_size"])
     feed = columns(config.intermediate_size, "intermediate", ["intermediate.dense"], "output.dense")
     shared = {"heads": ("encoder.relative_attention_bias",)}
     yield Blocks("encoder.layer", config.num_hidden_layers, (attention, feed), shared=shared)
@@ -133,7 +135,7 @@ def gpt2(config: Config) -> Iterator[Blocks]:
     """GPT-2: queries, keys and values are three runs of one matrix."""
     length, runs, widths = config.num_hidden_layers, ("c_attn", "c_attn", "c_attn"), ["embed_dim", "split_size"]
     attention = heads(config, "attn", runs, "attn.c_proj", counts=["num_heads"], widths=widths)
-    feed = columns(config.n_inner or 4 * config.hidden_size, "mlp", ["mlp.c_fc"], "mlp.c_proj")
+    feed = columns(config.n_inner or 4 * config.hidden_size, "mlp", ["mlp.c_fc"], "mlp.c_proj", "n_inner")
     anchored = length if config.scale_attn_by_inverse_layer_idx else 0  # the scale holds the number of the block
     yield Blocks("h", length, (attention, feed), anchored=anchored, caches=full(length))
 
@@ -146,37 +148,36 @@ def gpt_neox(config: Config) -> Iterator[Blocks]:
     yield Blocks("layers", length, (attention, feed), caches=full(length))
 
 
-def bart_heads(config: Config, module: str, name: str, count: int) -> Width:
+def bart_heads(config: Config, module: str, name: str, entry: str) -> Width:
     """The attention that OPT and Whisper have from BART."""
     inputs, output, counts, widths = ("q_proj", "k_proj", "v_proj"), f"{module}.out_proj", ["num_heads"], ["embed_dim"]
-    return heads(config, module, inputs, output, name=name, count=count, counts=counts, widths=widths)
+    return heads(config, module, inputs, output, name=name, entry=entry, counts=counts, widths=widths)
 
 
 def opt(config: Config) -> Iterator[Blocks]:
     """OPT: the block itself holds the feed-forward layer, so its first half goes and its second gives the constant."""
     length = config.num_hidden_layers
-    attention = bart_heads(config, "self_attn", "heads", config.num_attention_heads)
-    feed = columns(config.ffn_dim, "fc1", ["fc1"], "fc2")
+    attention = bart_heads(config, "self_attn", "heads", HEADS)
+    feed = columns(config.ffn_dim, "fc1", ["fc1"], "fc2", "ffn_dim")
     yield Blocks("decoder.layers", length, (attention, feed), caches=full(length))
 
 
 def vit(config: Config) -> Iterator[Blocks]:
     """ViT."""
-    inputs = ("q_proj", "k_proj", "v_proj")
-    attention = heads(config, "attention", inputs, "attention.o_proj", counts=["num_attention_heads"])
+    attention = heads(config, "attention", ("q_proj", "k_proj", "v_proj"), "attention.o_proj", counts=[HEADS])
     feed = columns(config.intermediate_size, "mlp", ["mlp.fc1"], "mlp.fc2")
     yield Blocks("layers", config.num_hidden_layers, (attention, feed))
 
 
 def whisper(config: Config) -> Iterator[Blocks]:
     """Whisper: the decoder's blocks also attend to the encoder."""
-    own = bart_heads(config, "self_attn", "heads", config.encoder_attention_heads)
-    feed = columns(config.encoder_ffn_dim, "fc1", ["fc1"], "fc2")
+    own = bart_heads(config, "self_attn", "heads", "encoder_attention_heads")
+    feed = columns(config.encoder_ffn_dim, "fc1", ["fc1"], "fc2", "encoder_ffn_dim")
     yield Blocks("encoder.layers", config.encoder_layers, (own, feed), counts=(("", "encoder_layers"),))
-    length, count = config.decoder_layers, config.decoder_attention_heads
+    length, count = config.decoder_layers, "decoder_attention_heads"
     own = bart_heads(config, "self_attn", "heads", count)
     cross = bart_heads(config, "encoder_attn", "cross_heads", count)
-    feed = columns(config.decoder_ffn_dim, "fc1", ["fc1"], "fc2")
+    feed = columns(config.decoder_ffn_dim, "fc1", ["fc1"], "fc2", "decoder_ffn_dim")
     counts = (("", "decoder_layers"),)
     yield Blocks("decoder.layers", length, (own, cross, feed), counts=counts, caches=full(length))
 
@@ -194,7 +195,7 @@ def t5(config: Config) -> Iterator[Blocks]:
 
     def feed(module: str) -> Width:
         inputs = ("wi_0", "wi_1") if config.is_gated_act else ("wi",)
-        return columns(config.d_ff, module, [f"{module}.{name}" for name in inputs], f"{module}.wo")
+        return columns(config.d_ff, module, [f"{module}.{name}" for name in inputs], f"{module}.wo", "d_ff")
 
     own = attention("layer.0.SelfAttention", "heads")
     table = "block.0.layer.0.SelfAttention.relative_attention_bias"
@@ -281,7 +282,7 @@ def _place(width: Width, block: str) -> Axis:
     attributes = tuple((module, name, per_unit) for name, per_unit in width.attributes)
     kind = "columns" if width.name == "columns" else "heads"
     bypass = ((module, width.bypass[1]),)
-    return Axis(f"{block}.{width.name}", kind, block, width.units, tuple(sites), attributes, bypass)
+    return Axis(f"{block}.{width.name}", kind, block, width.units, tuple(sites), attributes, bypass, 0, width.entries)
 
 
 def _join(placed: Sequence[Axis], name: str, tables: Sequence[str]) -> Axis:

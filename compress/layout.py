@@ -3,7 +3,7 @@
 An *axis* is a width shared by several weights: the heads of a layer (a key-value head with its query heads, under
 grouped queries), the columns of a feed-forward layer. A *site* is one place where it shows. Sites use the view
 ``y = W x`` with ``W`` of shape (out, in) whatever the storage: dim 0 are the outputs (weight rows and bias), dim 1
-the inputs; `transformers`' Conv1D and `torch`'s Embedding store the transpose, and only `_stored_dim` knows.
+the inputs; `transformers`' Conv1D and `torch`'s Embedding store the transpose, and only `stored_dim` knows.
 
 Cutting a unit equals silencing it: the outputs that made it go, and so do the inputs that read it. What a unit left
 in the reader's bias stays. When the last unit of an axis goes, the modules named in `bypass` go as well and the
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 RECORD = "hf_compress"  # the quantization method under which transformers finds the record in config.json
 VERSION = 1  # of the record
+ORIGINS = "dense_blocks"  # entry of a plain config, without a record, that holds the record's `blocks`
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class Axis:
 
     `kind` is ``heads`` or ``columns``; `block` the transformer block it belongs to (empty where blocks share it);
     `attributes` are (module, attribute, value per unit) that the forward pass reads; `bypass` are (module, number of
-    further outputs) that go with the last unit; `least` is the smallest size the model can run with.
+    further outputs) that go with the last unit; `least` is the smallest size the model can run with; `entries` are
+    (entry, value per unit) by which the config of a model whose blocks are alike tells the size.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Axis:
     attributes: tuple[tuple[str, str, int], ...] = ()
     bypass: tuple[tuple[str, int], ...] = ()
     least: int = 0
+    entries: tuple[tuple[str, int], ...] = ()
 
     @property
     def readers(self) -> tuple[Site, ...]:
@@ -127,7 +130,7 @@ class Layout:
         with torch.no_grad():
             for site in axis.readers if units else ():
                 module: Any = model.get_submodule(site.module)
-                dim = _stored_dim(module, site.dim)
+                dim = stored_dim(module, site.dim)
                 module.weight.index_fill_(dim, axis.positions(site, units).to(module.weight.device), 0.0)
 
     def _choose(self, model: PreTrainedModel, name: str, units: Sequence[int]) -> tuple[Axis, list[int]]:
@@ -180,13 +183,18 @@ def record_of(config: Any) -> dict[str, Any]:
     """The record of cuts in a config: sizes of the cut axes and, per stack, the original index of each block."""
     entry = getattr(config, "quantization_config", None)
     entry = entry if isinstance(entry, dict) or entry is None else entry.to_dict()  # an object while a model is loaded
-    return entry if entry and entry.get("quant_method") == RECORD else {"sizes": {}, "blocks": {}}
+    return entry if entry and entry.get("quant_method") == RECORD else _blank(config)
+
+
+def _blank(config: Any) -> dict[str, Any]:
+    """A record without cuts; a narrowed model remembers the origins of its blocks."""
+    return {"sizes": {}, "blocks": dict(getattr(config, ORIGINS, None) or {})}
 
 
 def own_record(model: PreTrainedModel) -> dict[str, Any]:
     """The record of a model, made in its config where it has none, there to be written to."""
     if getattr(model.config, "quantization_config", None) is None:
-        model.config.quantization_config = {"quant_method": RECORD, "version": VERSION, "sizes": {}, "blocks": {}}
+        model.config.quantization_config = {"quant_method": RECORD, "version": VERSION, **_blank(model.config)}
     entry = model.config.quantization_config
     if not isinstance(entry, dict) or entry.get("quant_method") != RECORD:
         method = entry["quant_method"] if isinstance(entry, dict) else entry.quant_method
@@ -194,7 +202,7 @@ def own_record(model: PreTrainedModel) -> dict[str, Any]:
     return entry
 
 
-def _stored_dim(module: nn.Module, dim: int) -> int:
+def stored_dim(module: nn.Module, dim: int) -> int:
     """Where a dimension of the (out, in) view lies in the stored weight."""
     return 1 - dim if isinstance(module, Conv1D | nn.Embedding) else dim
 
@@ -207,7 +215,7 @@ def _narrow_(model: PreTrainedModel, axis: Axis, keep: Sequence[int]) -> None:
         places.setdefault((site.module, site.dim), []).append(site)
     for (path, dim), sites in places.items():
         module: Any = model.get_submodule(path)
-        stored = _stored_dim(module, dim)
+        stored = stored_dim(module, dim)
         held = torch.ones(module.weight.shape[stored], dtype=torch.bool, device="cpu")
         for site in sites:
             held[axis.positions(site, lost)] = False
@@ -236,7 +244,7 @@ def _remove_(model: PreTrainedModel, axis: Axis) -> None:
     constants = {}
     for site in axis.readers:
         module: Any = model.get_submodule(site.module)
-        features = module.weight.shape[_stored_dim(module, 0)]
+        features = module.weight.shape[stored_dim(module, 0)]
         constants[site.module] = Constant(features, getattr(module, "bias", None))
     for path, extra in axis.bypass:
         inside = [name for name in constants if name.startswith(f"{path}.")]

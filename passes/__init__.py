@@ -6,6 +6,7 @@ from passes.distillation.finetune import Finetune
 from passes.pruning.calibrate import Calibrate
 from passes.pruning.drop_blocks import DropBlocks
 from passes.pruning.fold import Fold
+from passes.pruning.minitron import Minitron
 from passes.pruning.optin import Optin
 from passes.pruning.prune import Prune
 from passes.pruning.vocabulary import Vocabulary
@@ -19,6 +20,7 @@ PASSES: dict[str, type[Pass]] = {
     "drop_blocks": DropBlocks,
     "fold": Fold,
     "vocabulary": Vocabulary,
+    "minitron": Minitron,
     "distill": Distill,
     "finetune": Finetune,
 }

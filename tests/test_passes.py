@@ -10,6 +10,7 @@ import torch
 
 from compress import checkpoint
 from compress.contract import Part
+from compress.errors import LayoutError
 from compress.families import layout_of
 from passes import PASSES
 from tests.conftest import GENERATING, TINY, answer
@@ -31,8 +32,19 @@ WAYS: dict[str, list[dict]] = {
         {"remove": 1, "group": 1, "rank": "cosine", "samples": 4},
     ],
     "vocabulary": [],  # needs a tokenizer and its texts, so its laws stand in test_vocabulary.py
+    "minitron": [
+        {"parameters": 0.5, "candidates": 1, "recovery_steps": 0},
+        {"columns": 16, "recovery_steps": 0, "rescale": True},
+    ],
 }
-CASES = [(step, index, name) for step, ways in WAYS.items() for index in range(len(ways)) for name in TINY]
+REFUSALS = {("minitron", "whisper"): "expected one number for all blocks"}  # what a pass says to a family it can't cut
+CASES = [
+    (step, index, name)
+    for step, ways in WAYS.items()
+    for index in range(len(ways))
+    for name in TINY
+    if (step, name) not in REFUSALS
+]
 DECODING = [case for case in CASES if case[2] in GENERATING]
 
 
@@ -48,6 +60,14 @@ def outcome(request, tmp_path, monkeypatch):
 
 def test_every_pass_that_changes_a_shape_is_listed():
     assert {name for name, step in PASSES.items() if Part.SHAPE in step.touches} <= set(WAYS)
+
+
+@pytest.mark.parametrize(("step", "name"), REFUSALS)
+def test_a_family_that_cannot_be_cut_is_refused(step, name, tmp_path):
+    state = state_of(TINY[name], tmp_path)
+    for options in WAYS[step]:
+        with pytest.raises(LayoutError, match=REFUSALS[step, name]):
+            list(PASSES[step](**options).run(state))
 
 
 @pytest.mark.parametrize("outcome", CASES, indirect=True, ids=lambda case: "-".join(map(str, case)))

@@ -17,6 +17,7 @@ from compress.state import State
 from passes.distillation.losses import LOSSES
 
 HEAD, STATES = ("logits", "task"), ("hidden", "tokens", "embedding", "similarity")
+SAME_WIDTH = ("hidden", "tokens", "embedding")  # losses that subtract states of the student from the teacher's
 FAR_BELOW = -1e4  # a logit whose probability is zero in float32
 
 
@@ -34,6 +35,13 @@ class Comparison:
         readers = [name for name in HEAD if name in self.weights]
         if readers and state.task.name == "feature-extraction":
             raise TrainingError(f"distill: loss '{readers[0]}' reads predictions, which feature-extraction has not")
+        if not same_hidden_width(state) and (unlike := [name for name in SAME_WIDTH if name in self.weights]):
+            mine, theirs = state.model.config.hidden_size, state.dense.model.config.hidden_size
+            instead = "similarity" if state.task.name == "feature-extraction" else "logits"
+            raise TrainingError(
+                f"distill: loss '{unlike[0]}' compares hidden states, of width {mine} here and {theirs} in the dense "
+                f"model; expected a loss that needs no equal widths: {instead}"
+            )
         teacher = state.teacher
         models: tuple[nn.Module, nn.Module] = (state.model, teacher)
         if not readers:
@@ -92,6 +100,11 @@ class Comparison:
         left = _origins(self.student.config, mine)
         right = list(_origins(self.teacher.config, theirs))
         return [right.index(origin) + 1 for origin in left[:-1]] + [theirs]
+
+
+def same_hidden_width(state: State) -> bool:
+    """Whether the states of model and teacher can be compared channel by channel."""
+    return state.model.config.hidden_size == state.dense.model.config.hidden_size
 
 
 def _origins(config: Any, blocks: int) -> Sequence[int]:

@@ -28,7 +28,9 @@ class Weights(Options):
     tokens: float = Field(default=0.0, ge=0, description="states after every block, squared distance (ZipLM)")
     logits: float = Field(default=0.0, ge=0, description="divergence of the predictions")
     embedding: float = Field(default=0.0, ge=0, description="cosine distance of mean-pooled embeddings")
-    similarity: float = Field(default=0.0, ge=0, description="cosines between the embeddings of a batch, squared error")
+    similarity: float = Field(
+        default=0.0, ge=0, description="cosines between the embeddings of a batch, of any width; squared error"
+    )
     task: float = Field(default=0.0, ge=0, description="the model's own loss against the labels")
 
     @model_validator(mode="after")
@@ -38,20 +40,25 @@ class Weights(Options):
         return self
 
     @classmethod
-    def fitting(cls, task: Task, labelled: bool) -> Weights:
-        """The weights where a plan gives none; labels help a classifier, a language model is better off without."""
+    def fitting(cls, task: Task, labelled: bool, same_width: bool = True) -> Weights:
+        """The weights where a plan gives none; labels help a classifier, a language model is better off without.
+
+        Hidden states of unlike widths can't be compared.
+        """
+        hidden = 1.0 if same_width else 0.0
         if task.name == "feature-extraction":
-            return cls(hidden=1.0, embedding=1.0)
-        return cls(hidden=1.0, logits=1.0, task=1.0 if labelled and not task.packs else 0.0)
+            return cls(hidden=hidden, embedding=hidden, similarity=1.0 - hidden)
+        return cls(hidden=hidden, logits=1.0, task=1.0 if labelled and not task.packs else 0.0)
 
 
 class Distill(TrainingOptions, Pass):
     """Train the model towards the teacher's hidden states and predictions, validated by the same loss.
 
-    Without `losses` the weights fit the task. The student keeps the teacher's hidden width; where blocks were
-    dropped, each one left is compared with the one it was. Dropout is off, as the teacher's is. Embedding tables, and
-    heads tied to them, stay as they are unless `embeddings` says otherwise: nothing was cut from them, and they hold
-    most parameters of a small model, so that a step without them takes about half the time.
+    Without `losses` the weights fit the task. Where blocks were dropped, each one left is compared with the one it was;
+    where the hidden width is another, predictions or similarities alone are. Dropout is off, as the teacher's is.
+    Embedding tables, and heads tied to them, stay as they are unless `embeddings` says otherwise or the width is
+    another: nothing was cut from them, and they hold most parameters of a small model, so that a step without them
+    takes about half the time.
     """
 
     version = 2
@@ -63,7 +70,9 @@ class Distill(TrainingOptions, Pass):
         default=2e-4, gt=0, description="its peak; rises over `warmup`, then falls as a cosine to 0"
     )
     dropout: bool = Field(default=False, description="whether the student's dropout is on")
-    embeddings: bool = Field(default=False, description="whether embedding tables are trained as well")
+    embeddings: bool | None = Field(
+        default=None, description="whether embedding tables are trained as well; left out, where their width was cut"
+    )
     losses: Weights | None = Field(default=None, description="weight of each loss; left out, what fits the task")
     temperature: float = Field(default=1.0, gt=0, description="softens the predictions that are compared")
     epsilon: float = Field(
@@ -74,14 +83,16 @@ class Distill(TrainingOptions, Pass):
     def run(self, state: State) -> Iterator[State]:
         """Yield the state with the weights of the lowest validation loss."""
         from compress.training import train
-        from passes.distillation.compare import Comparison
+        from passes.distillation.compare import Comparison, same_hidden_width
 
         data = state.data
         sample = next(iter(data.batches("train", 1)), {})
-        weights = self.losses or Weights.fitting(state.task, labelled=not sample.keys() <= Comparison.inputs)
+        labelled, same_width = not sample.keys() <= Comparison.inputs, same_hidden_width(state)
+        weights = self.losses or Weights.fitting(state.task, labelled, same_width)
+        tables_too = not same_width if self.embeddings is None else self.embeddings
         compare = Comparison(weights.model_dump(), state, self.temperature, self.epsilon)
         batches = max(1, self.validation_rows // self.batch_size)
-        with nullcontext() if self.embeddings else still_tables(compare.student):
+        with nullcontext() if tables_too else still_tables(compare.student):
             result = train(
                 compare.student,
                 lambda epoch: data.batches("train", self.batch_size, seed=self.seed + epoch),
