@@ -52,7 +52,7 @@ class Searched(Choice):
         return self.fitness(sizes)
 
     def figures(self, sizes: Sizes) -> dict[str, Any]:
-        """Fitness of the sizes, how many were tried, and the way there: for each budget, [trial, fitness] of the best."""
+        """Fitness of the sizes, how many were tried, and for each budget the way: [trial, fitness] of each new best."""
         return {
             "fitness": self.fitness(sizes),
             "fitness_history": [[list(step) for step in answer.history] for answer in self.answers],
