@@ -299,7 +299,7 @@ WRONG = {
         8,
         [
             "passes[1].gradual.passes[0].cut: needs 'statistics'",
-            "which passes[1].gradual.passes[0].cut makes stale for the next speed-up; expected measure before it in",
+            "which passes[1].gradual.passes[0].cut makes stale for the next speed-up; expected measure in the",
         ],
     ),
     "gradual that packs": (

@@ -249,9 +249,7 @@ def _missing(
     if spoiler is not None:
         by, mine = links[spoiler].place, links[index].number
         if links[spoiler].number[0] == mine[0] and links[spoiler].number >= mine:
-            return (
-                f"{needs}, which {by} makes stale for the next speed-up; expected {giver} before it in the gradual step"
-            )
+            return f"{needs}, which {by} makes stale for the next speed-up; expected {giver} in the gradual step"
         return f"{needs}, which {by} has made stale; expected {giver} again between {by} and it"
     late = next((link for link in links[index + 1 :] if fact in link.step.do.provides), None)
     if late is not None:
