@@ -27,7 +27,7 @@ from compress.contract import FACTS, TEACHER
 from compress.data import Data
 from compress.errors import CompressError, DataError
 from compress.families import layout_of
-from compress.plan import Node, Plan
+from compress.plan import Node, Plan, leaves
 from compress.plan.world import MARKER, unusable
 from compress.progress import say
 from compress.state import State, Teacher, Workshop
@@ -88,12 +88,12 @@ class Run:
     def go(self) -> list[Node]:
         """Run every node that is not stored yet, in order; return the leaves of the graph."""
         nodes = self.plan.nodes()
-        for _, group in groupby(nodes, key=lambda node: (node.index, node.parents)):
-            siblings = list(group)
+        runs = [list(group) for _, group in groupby(nodes, key=lambda node: (node.number, node.parents))]
+        for number, siblings in enumerate(runs, 1):
             if not all(self.folder(node).exists() for node in siblings):
+                say(f"{siblings[0].step.name} ({number} of {len(runs)})")
                 self._run(siblings)
-        inner = {parent for node in nodes for parent in node.parents}
-        return [node for node in nodes if node not in inner]
+        return leaves(nodes)
 
     def state(self, node: Node | None) -> State:
         """The state after a node, or the plan's model before the first."""
@@ -129,7 +129,6 @@ class Run:
         """Run one pass, storing each model it yields as it comes."""
         step, parents = siblings[0].step, siblings[0].parents
         key = digest([step.key_material(), [self.key(parent) for parent in parents] or self.root_key])
-        say(f"{step.name} ({siblings[0].index + 1} of {len(self.plan.passes)})")
         state = self.state(parents[0] if parents else None)
         state.others = tuple(self.state(parent) for parent in parents[1:])
         state.workshop = Workshop(self.cache / "work" / key, self.cache)

@@ -18,7 +18,10 @@ from tests.paper import Paper, state_of
 
 # What each pass is run with; {} where a pass needs nothing said.
 WAYS: dict[str, list[dict]] = {
-    "ziplm": [{"speedups": [1.3], "prior": "relative"}],
+    "ziplm": [
+        {"speedups": [1.3], "prior": "relative"},
+        {"speedups": [1.3], "prior": "relative", "search": "spdy", "search_trials": 2, "search_samples": 8},
+    ],
     "prune": [{"speedups": [1.3], "prior": "relative"}],
     "optin": [{"speedups": [1.3], "samples": 16, "groups": 3}],
     "drop_blocks": [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Callable
@@ -9,11 +10,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import pytest
-from pydantic import field_validator
+import yaml
+from pydantic import ValidationError, field_validator
 
 from compress.contract import STATISTICS, TEACHER, Fact, Options, Part, Pass
 from compress.errors import PlanError
-from compress.plan import Plan, Tables, explain, mermaid, schema
+from compress.plan import Gradual, Plan, Tables, explain, leaves, mermaid, schema
 
 
 class Measure(Pass):
@@ -56,6 +58,14 @@ class Pack(Pass):
     touches: ClassVar[Part] = Part.FORMAT
 
 
+class Fork(Pass):
+    touches: ClassVar[Part] = Part.VALUES
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        return ("a", "b")
+
+
 class Soup(Pass):
     touches: ClassVar[Part] = Part.VALUES
     merges: ClassVar[bool] = True
@@ -79,6 +89,7 @@ PASSES: dict[str, type[Pass]] = {
     "train": Train,
     "train_gently": TrainGently,
     "pack": Pack,
+    "fork": Fork,
     "soup": Soup,
     "needy": Needy,
 }
@@ -210,6 +221,93 @@ WRONG = {
     "number for text": ("passes:\n  - measure: {note: 12}\n", 4, ["note: met 12", "write '12'"]),
     "endless alias": ("passes: &a\n  - *a\n", 3, ["an alias that holds itself"]),
     "unknown exporter": ("passes: [measure]\nexport: [onx]\n", 4, ["export[0].onx: unknown exporter", "'onnx'"]),
+    "gradual without a taker": (
+        "passes:\n  - gradual:\n      speedups: [2, 3]\n      passes: [train]\n",
+        6,
+        ["passes[0].gradual.passes: none of them takes speedups; expected one pass that does"],
+    ),
+    "gradual with two takers": (
+        "passes:\n  - gradual:\n      speedups: [2, 3]\n      passes: [measure, cut, measure, cut]\n",
+        6,
+        ["passes[0].gradual.passes: cut and cut take speedups; expected one pass that does"],
+    ),
+    "gradual of no passes": (
+        "passes:\n  - gradual:\n      speedups: [2, 3]\n      passes: []\n",
+        6,
+        ["passes[0].gradual.passes: none of them takes speedups"],
+    ),
+    "gradual of no list": (
+        "passes:\n  - gradual:\n      speedups: [2, 3]\n      passes: cut\n",
+        6,
+        ["passes[0].gradual.passes: met 'cut'; expected a list"],
+    ),
+    "gradual without passes": ("passes:\n  - gradual: {speedups: [2]}\n", 4, ["passes[0].gradual.passes: is missing"]),
+    "gradual without speed-ups": (
+        "passes:\n  - gradual: {passes: [cut]}\n",
+        4,
+        ["passes[0].gradual.speedups: is missing"],
+    ),
+    "gradual of no speed-up": (
+        "passes:\n  - gradual:\n      speedups: []\n      passes: [measure, cut]\n",
+        5,
+        ["passes[0].gradual.speedups: met []; expected", "at least 1 item"],
+    ),
+    "gradual that falls": (
+        "passes:\n  - gradual:\n      passes: [measure, cut]\n      speedups: [3, 2]\n",
+        6,
+        ["passes[0].gradual.speedups: 2 stands after 3; expected rising speed-ups"],
+    ),
+    "gradual twice the same": (
+        "passes:\n  - gradual:\n      passes: [measure, cut]\n      speedups: [2, 2.0]\n",
+        6,
+        ["2 stands after 2; expected rising speed-ups"],
+    ),
+    "gradual with a strange option": (
+        "passes:\n  - gradual:\n      speedup: 2\n      speedups: [2]\n      passes: [measure, cut]\n",
+        5,
+        ["passes[0].gradual.speedup: unknown option; expected one of speedups, passes", "did you mean 'speedups'"],
+    ),
+    "gradual with a speed-up inside": (
+        "passes:\n  - gradual:\n      speedups: [2, 3]\n      passes:\n      - measure\n      - cut:\n"
+        "          speedups: [2]\n",
+        9,
+        ["passes[0].gradual.passes[1].cut.speedups: is the gradual step's to fill in"],
+    ),
+    "gradual with a wrong option inside": (
+        "passes:\n  - gradual:\n      speedups: [2, 3]\n      passes:\n      - measure:\n          sample: 1\n"
+        "      - cut\n",
+        8,
+        ["passes[0].gradual.passes[0].measure.sample: unknown option", "did you mean 'samples'"],
+    ),
+    "gradual inside": (
+        "passes:\n  - gradual:\n      speedups: [2, 3]\n      passes:\n      - gradual\n      - cut\n",
+        7,
+        ["passes[0].gradual.passes[0].gradual: unknown pass; expected one of measure"],
+    ),
+    "gradual with an id inside": (
+        "passes:\n  - gradual:\n      speedups: [2, 3]\n      passes:\n      - measure\n      - {cut: , id: a}\n",
+        8,
+        ["passes[0].gradual.passes[1].id: unknown key beside the pass cut"],
+    ),
+    "gradual of several models": (
+        "passes:\n  - gradual:\n      speedups: [2, 3]\n      passes:\n      - measure\n      - cut\n      - fork\n",
+        9,
+        ["passes[0].gradual.passes[2].fork: makes 2 models; expected passes that make one"],
+    ),
+    "gradual whose facts go stale": (
+        "passes:\n  - measure\n  - gradual:\n      speedups: [2, 3, 4]\n      passes:\n      - cut\n      - train\n",
+        8,
+        [
+            "passes[1].gradual.passes[0].cut: needs 'statistics'",
+            "which passes[1].gradual.passes[0].cut makes stale for the next speed-up; expected measure in the",
+        ],
+    ),
+    "gradual that packs": (
+        "passes:\n  - gradual:\n      speedups: [2, 3, 4]\n      passes: [measure, cut, pack]\n",
+        6,
+        ["passes[0].gradual.passes[1].cut: touches shape and values, but passes[0].gradual.passes[2].pack has fixed"],
+    ),
+    "gradual misspelt": ("passes:\n  - gradul: {}\n", 4, ["unknown pass", "did you mean 'gradual'"]),
     "unknown runtime": (
         "passes: [measure]\ntarget: {runtime: onnxruntme}\n",
         4,
@@ -354,6 +452,99 @@ def test_nodes(text: str, branches: list[str]) -> None:
         assert set(node.parents) <= made
         made.add(node)
     assert len(made) == len(nodes)
+
+
+FAMILY = """\
+  - train
+  - gradual:
+      speedups: [2, 3, 4.5]
+      passes: [measure, {cut: {mode: fast}}, train_gently]
+    id: family
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "leaving"),
+    [
+        ("", ["2x", "3x", "4.5x"]),
+        ("  - pack\n", ["2x", "3x", "4.5x"]),
+        (
+            "  - {train: , id: a, after: family}\n  - {pack: , id: b, after: family}\n  - {soup: , after: [a, b]}\n",
+            ["2x/soup", "3x/soup", "4.5x/soup"],
+        ),
+        ("  - {pack: , after: []}\n", ["family/2x", "family/3x", "family/4.5x", "pack"]),
+    ],
+    ids=["alone", "followed", "diamond", "beside"],
+)
+def test_every_model_of_a_gradual_step_leaves(text: str, leaving: list[str]) -> None:
+    plan = steps((FAMILY if "[]" not in text else FAMILY.replace("  - train\n", "", 1)) + text)
+    nodes = plan.nodes()
+    assert sorted(node.branch for node in leaves(nodes)) == sorted(leaving)
+    assert len(set(nodes)) == len(nodes)
+
+
+def test_a_gradual_step_is_the_chain_it_stands_for() -> None:
+    plan = steps(FAMILY)
+    first, *nodes = plan.nodes()
+    assert [(node.number, node.step.name, node.branch) for node in nodes] == [
+        ((1, place), name, branch)
+        for branch in ("2x", "3x", "4.5x")
+        for place, name in enumerate(("measure", "cut", "train_gently"))
+    ]
+    for before, after in itertools.pairwise([first, *nodes]):
+        assert after.parents == (before,)
+    assert [node.step.do for node in nodes if node.step.name == "cut"] == [
+        Cut(speedups=(speedup,), mode="fast") for speedup in (2, 3, 4.5)
+    ]
+    assert [node.label for node in nodes] == ["", "", "2x", "", "", "3x", "", "", "4.5x"]
+    (only,) = leaves(steps(FAMILY.replace("[2, 3, 4.5]", "[2]")).nodes())
+    assert only.branch == ""
+
+
+def test_a_gradual_step_reads_back_and_is_written_in_python(model: Path) -> None:
+    plan = steps(FAMILY + "  - {pack: , after: family}")
+    assert Plan.read(plan.to_yaml(), TABLES).passes == plan.passes
+    assert yaml.safe_load(plan.to_yaml())["passes"][1] == {
+        "gradual": {"speedups": [2.0, 3.0, 4.5], "passes": ["measure", {"cut": {"mode": "fast"}}, "train_gently"]},
+        "id": "family",
+    }
+    chain = (Measure(), Cut(mode="fast"), {"do": TrainGently(), "name": "train_gently"})
+    made = Plan(model="m", passes=(Train(), Gradual(speedups=(2, 3, 4.5), passes=chain, id="family")))
+    assert [node.step.key_material() for node in made.nodes()] == [
+        node.step.key_material() for node in plan.nodes()[:10]
+    ]
+    for wrong in ({"speedups": (3, 2), "passes": chain}, {"speedups": (2,), "passes": (Train(),)}):
+        with pytest.raises(ValidationError, match="expected"):
+            Gradual(**wrong)
+
+
+def test_a_gradual_step_follows_every_model_before_it() -> None:
+    nodes = steps("  - {fork: }\n" + FAMILY).nodes()
+    assert [node.branch for node in leaves(nodes)] == [f"{one}/{two}" for two in ("2x", "3x", "4.5x") for one in "ab"]
+
+
+def test_a_gradual_step_is_told() -> None:
+    plan = steps(FAMILY + "  - {pack: , after: family}")
+    told = explain(plan)
+    for part in (
+        "1 gradual (family): 2x, then 3x, then 4.5x",
+        "1.0 measure\n  after   0 train, 1.2 train_gently",
+        "1.2 train_gently\n  after   1.1 cut",
+        "2 pack\n  after   1.2 train_gently",
+        "of 2x, 3x, 4.5x",
+    ):
+        assert part in told
+    graph = mermaid(plan)
+    assert graph.count("-->") == 1 + 9 + 3 + 3 * len(plan.export)
+
+
+def test_overrides_reach_into_a_gradual_step() -> None:
+    settings = ["passes.1.gradual.speedups=[2, 5]", "passes.1.gradual.passes.0.measure.samples=3"]
+    plan = Plan.read(f"model: m\npasses:\n{FAMILY}", TABLES, settings)
+    assert [node.branch for node in leaves(plan.nodes())] == ["2x", "5x"]
+    assert plan.nodes()[1].step.do == Measure(samples=3)
+    told = problems(f"model: m\npasses:\n{FAMILY}", "passes.1.gradual.passes.1.cut.mode=fats")
+    assert "passes[1].gradual.passes[1].cut.mode: met 'fats'" in told[0]
 
 
 def test_a_pass_that_takes_one_model_follows_one_step() -> None:
@@ -505,7 +696,10 @@ def test_schema_describes_every_pass_and_holds_all_it_refers_to() -> None:
     assert references(made) <= {f"#/$defs/{name}" for name in made["$defs"]}
     forms = made["properties"]["passes"]["items"]["anyOf"]
     assert forms[0]["enum"] == [name for name in PASSES if name != "needy"]
-    assert [form["required"][0] for form in forms[1:]] == list(PASSES)
+    assert [form["required"][0] for form in forms[1:]] == [*PASSES, "gradual"]
+    inner = made["$defs"]["gradual"]["properties"]["passes"]["items"]["anyOf"]
+    assert [form["required"][0] for form in inner[1:]] == list(PASSES)
+    assert "speedups" not in made["$defs"]["gradual.passes.cut"]["properties"]
     assert made["$defs"]["passes.cut"]["properties"]["mode"]["enum"] == ["fast", "exact"]
     json.dumps(made)
 
@@ -515,5 +709,11 @@ def test_schema_agrees_with_the_reader() -> None:
     validator = jsonschema.Draft202012Validator(schema(TABLES))
     fit = {"model": "m", "passes": ["measure", {"cut": {"mode": "fast"}, "id": "a"}, {"train": None, "after": []}]}
     assert validator.is_valid(fit)
+    assert validator.is_valid({"passes": [{"gradual": {"speedups": [2], "passes": ["cut", "train"]}, "id": "a"}]})
+    for wrong in (
+        {"passes": [{"gradual": {"passes": ["cut"]}}]},
+        {"passes": [{"gradual": {"speedups": [2], "passes": [{"cut": {"speedups": [2]}}]}}]},
+    ):
+        assert not validator.is_valid(wrong)
     for wrong in ({"passes": []}, {"passes": ["needy"]}, {"passes": [{"cut": {"mod": 1}}]}, {"passes": ["x"], "y": 1}):
         assert not validator.is_valid(wrong)

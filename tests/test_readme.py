@@ -46,8 +46,9 @@ def test_the_python_blocks_run_one_after_another(world: Path, monkeypatch: pytes
     assert shared["hidden"].shape[::2] == (2, 32)  # type: ignore[attr-defined]
 
 
-def test_the_plan_is_fit_and_the_commands_about_it_run(world: Path) -> None:
-    (world / "plan.yaml").write_text(blocks("plan")[0])
+@pytest.mark.parametrize("text", blocks("plan"), ids=["branches", "gradual"])
+def test_the_plan_is_fit_and_the_commands_about_it_run(text: str, world: Path) -> None:
+    (world / "plan.yaml").write_text(text)
     for command in ("check plan.yaml", "explain plan.yaml", "explain plan.yaml --mermaid", "schema", "doctor"):
         words = [sys.executable, "-m", "compress.cli", *command.split()]
         done = subprocess.run(words, cwd=world, env=_environment(), capture_output=True, text=True, check=False)
@@ -56,13 +57,14 @@ def test_the_plan_is_fit_and_the_commands_about_it_run(world: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_plan_runs(world: Path) -> None:
-    (world / "plan.yaml").write_text(blocks("plan")[0])
-    words = [sys.executable, "-m", "compress.cli", "run", "plan.yaml", "--out", "out"]
+@pytest.mark.parametrize("text", blocks("plan"), ids=["branches", "gradual"])
+def test_the_plan_runs(text: str, world: Path, tmp_path: Path) -> None:
+    (world / "plan.yaml").write_text(text)
+    words = [sys.executable, "-m", "compress.cli", "run", "plan.yaml", "--out", str(tmp_path / "out")]
     subprocess.run(words, cwd=world, env=_environment(), check=True)
     for branch in ("1.5x", "2x", "3x"):
-        assert (world / "out" / branch / "model" / "model.safetensors").exists()
-        assert (world / "out" / branch / "onnx" / "model.onnx").exists()
+        assert (tmp_path / "out" / branch / "model" / "model.safetensors").exists()
+        assert (tmp_path / "out" / branch / "onnx" / "model.onnx").exists()
 
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.name)

@@ -68,6 +68,21 @@ class Cut(Pass):
         yield state
 
 
+class Speed(Pass):
+    """Cuts columns to a share, as a pruning pass does for a speed-up."""
+
+    touches: ClassVar = Part.SHAPE | Part.VALUES
+    requires: ClassVar = frozenset({STATISTICS})
+    speedups: tuple[float, ...]
+
+    def run(self, state: State) -> Iterator[State]:
+        (speedup,) = self.speedups
+        RAN.append(f"speed {speedup:g}")
+        state.cut("encoder.layer.0.columns", range(int(1024 / speedup)))
+        state.figures = {"promised": speedup}
+        yield state
+
+
 class Break(Pass):
     """Stops in the middle."""
 
@@ -77,7 +92,7 @@ class Break(Pass):
         yield state
 
 
-TOYS = Tables({"learn": Learn, "shift": Shift, "cut": Cut, "break": Break}, {})
+TOYS = Tables({"learn": Learn, "shift": Shift, "cut": Cut, "speed": Speed, "break": Break}, {})
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +148,30 @@ def test_forks_start_from_the_step_they_name(run) -> None:
     made, leaves = run(*steps)
     assert len(leaves) == 2
     assert word(made, leaves[0]) - word(made, leaves[1]) == pytest.approx(2, abs=1e-5)
+
+
+def gradual(*speedups: float) -> dict:
+    return {"gradual": {"speedups": speedups, "passes": ["learn", "speed", {"shift": {"by": [1]}}]}}
+
+
+def test_a_gradual_step_goes_on_from_model_to_model(run) -> None:
+    made, family = run({"shift": {"by": [5]}}, gradual(2, 4))
+    assert RAN == ["shift 5", "learn", "speed 2", "shift 1", "learn", "speed 4", "shift 1"]
+    assert [leaf.branch for leaf in family] == ["2x", "4x"]
+    states = [made.state(leaf) for leaf in family]
+    assert [state.layout.axis("encoder.layer.0.columns").units for state in states] == [512, 256]
+    assert word(made, family[1]) - word(made, family[0]) == pytest.approx(1, abs=1e-5)
+    assert all(state.dense.source == states[0].dense.source for state in states)
+    made, longer = run({"shift": {"by": [5]}}, gradual(2, 4, 8))
+    assert RAN == ["learn", "speed 8", "shift 1"]
+    assert [made.key(leaf) for leaf in longer[:2]] == [made.key(leaf) for leaf in family]
+
+
+def test_a_step_after_a_gradual_one_runs_for_each_of_its_models(run) -> None:
+    made, each = run(gradual(2, 4), {"shift": {"by": [10]}})
+    assert RAN.count("shift 10") == 2
+    assert [leaf.branch for leaf in each] == ["2x", "4x"]
+    assert [made.state(leaf).layout.axis("encoder.layer.0.columns").units for leaf in each] == [512, 256]
 
 
 def test_facts_are_stored_and_go_stale(run) -> None:

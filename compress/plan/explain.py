@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from compress.contract import FACTS, Fact, stale_after
-from compress.plan.graph import Node, Step
+from compress.plan.graph import Number, leaves
 from compress.plan.model import Plan
+from compress.plan.steps import Gradual, Step
 
 
 def explain(plan: Plan) -> str:
@@ -20,12 +21,16 @@ def explain(plan: Plan) -> str:
         f"{target.threads} thread{'s' if target.threads > 1 else ''}",
     ]
     for index, step in enumerate(plan.passes):
-        made = [node for node in nodes if node.index == index]
-        after = dict.fromkeys(_title(parent.index, parent.step) for node in made for parent in node.parents)
-        lines += ["", _title(index, step), f"  after   {', '.join(after) or 'the dense model'}"]
-        lines += [f"  {what:<7} {text}" for what, text in _contract(step)]
-        if len(made) > 1:
-            lines.append(f"  makes   {', '.join(node.branch or '(unnamed)' for node in made)}")
+        if isinstance(step, Gradual):
+            targets = ", then ".join(f"{speedup:g}x" for speedup in step.speedups)
+            lines += ["", f"{_title((index,), step)}: {targets}"]
+        for number in dict.fromkeys(node.number for node in nodes if node.index == index):
+            made = [node for node in nodes if node.number == number]
+            after = dict.fromkeys(_title(parent.number, parent.step) for node in made for parent in node.parents)
+            lines += ["", _title(number, made[0].step), f"  after   {', '.join(after) or 'the dense model'}"]
+            lines += [f"  {what:<7} {text}" for what, text in _contract(made[0].step)]
+            if len(made) > 1:
+                lines.append(f"  makes   {', '.join(node.branch or '(unnamed)' for node in made)}")
     branches = ", ".join(node.branch or "one model" for node in leaves(nodes))
     exporters = ", ".join(exporter.name for exporter in plan.export) or "nothing"
     return "\n".join([*lines, "", f"export  {exporters}, of {branches}", f"out     {plan.out or '(given later)'}"])
@@ -37,7 +42,7 @@ def mermaid(plan: Plan) -> str:
     names = {node: f"n{number}" for number, node in enumerate(nodes)}
     lines = ["flowchart TD", '    dense(["dense model"])']
     for node, name in names.items():
-        told = [_title(node.index, node.step), *([node.branch] if node.branch else [])]
+        told = [_title(node.number, node.step), *([node.branch] if node.branch else [])]
         told += [f"{what} {text}" for what, text in _contract(node.step)]
         lines.append(f'    {name}["{"<br/>".join(told)}"]')
         lines += [f"    {names[parent]} --> {name}" for parent in node.parents] or [f"    dense --> {name}"]
@@ -47,16 +52,9 @@ def mermaid(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def leaves(nodes: Iterable[Node]) -> list[Node]:
-    """The models that no step goes on from: those that leave."""
-    every = list(nodes)
-    inner = {parent for node in every for parent in node.parents}
-    return [node for node in every if node not in inner]
-
-
-def _title(index: int, step: Step) -> str:
+def _title(number: Number, step: Step | Gradual) -> str:
     """A step's number, name and id."""
-    return f"{index} {step.name}{f' ({step.id})' if step.id else ''}"
+    return f"{'.'.join(map(str, number))} {step.name}{f' ({step.id})' if step.id else ''}"
 
 
 def _contract(step: Step) -> list[tuple[str, str]]:

@@ -3,95 +3,75 @@
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, InstanceOf, model_validator
-
-from compress.contract import TEACHER, Fact, Options, Part, Pass, stale_after
+from compress.contract import TEACHER, Fact, Part, Pass, stale_after
 from compress.errors import PlanError, nearest
-from compress.plan.source import Problem
+from compress.plan.source import Path, Problem, where
+from compress.plan.steps import GRADUAL, Gradual, Step
 
 GIVEN = frozenset({TEACHER})  # what is known before the first step
 WORD = re.compile(r"\w[\w.-]*")
 
 
-class Named(BaseModel):
-    """Options under the name they have in YAML; from Python the bare options will do, named as their class."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str
-    do: InstanceOf[Options]
-
-    @model_validator(mode="before")
-    @classmethod
-    def _bare(cls, given: Any) -> Any:
-        """Take options for a step that has nothing but them, and name a step that has no name."""
-        fields = {"do": given} if isinstance(given, Options) else given
-        if isinstance(fields, Mapping) and isinstance(fields.get("do"), Options):
-            kind = type(fields["do"])
-            fields = {"name": kind.named or kind.__name__.lower(), **fields}
-        return fields
-
-    def key_material(self) -> str:
-        """Everything of this step that its result depends on, as JSON for a cache key."""
-        material = {
-            "name": self.name,
-            "version": getattr(self.do, "version", 1),
-            "options": self.do.model_dump(mode="json"),
-        }
-        return json.dumps(material, sort_keys=True)
-
-    def written(self) -> Any:
-        """The step as it stands in a YAML plan, without the options that are at their defaults."""
-        options = self.do.model_dump(mode="json", exclude_defaults=True)
-        return {self.name: options} if options else self.name
-
-
-class Export(Named):
-    """An exporter in a plan."""
-
-
-class Step(Named):
-    """A pass in a plan; it follows the step before it, or those named in `after` (none: the dense model)."""
-
-    do: InstanceOf[Pass]
-    id: str | None = None
-    after: tuple[str, ...] | None = None
-
-    def written(self) -> Any:
-        """The step as it stands in a YAML plan, without what is at its default."""
-        beside: dict[str, Any] = {"id": self.id} if self.id else {}
-        if self.after is not None:
-            beside["after"] = list(self.after)
-        written = super().written()
-        return {**(written if isinstance(written, dict) else {written: None}), **beside} if beside else written
+Number = tuple[int, ...]  # where a pass stands: its place in the plan and, in a gradual step, its place in there
+Steps = Sequence[Step | Gradual]
 
 
 @dataclass(frozen=True)
 class Node:
-    """One model that a plan makes: what step number `index` yielded under `label` from the models of `parents`.
+    """One model that a plan makes: what pass `number` yielded under `label` from the models of `parents`.
 
     `branch` is the path of labels and forks that led here, such as `2.0x` or `fast/2.0x`; empty where nothing forked.
     """
 
-    index: int
+    number: Number
     step: Step = field(compare=False)
     parents: tuple[Node, ...]
     label: str
     branch: str
 
+    @property
+    def index(self) -> int:
+        """The place in the plan's list of passes."""
+        return self.number[0]
+
     def history(self) -> dict[int, Node]:
-        """The node and all it was made from, by step."""
+        """The node and all it was made from, the last of each place in the plan."""
         return {index: node for parent in self.parents for index, node in parent.history().items()} | {self.index: self}
 
 
-def follow(steps: Sequence[Step]) -> tuple[list[tuple[int, ...]], list[Problem]]:
+@dataclass(frozen=True)
+class Link:
+    """A pass in the order they run, a gradual step's for each speed-up anew.
+
+    It takes one model of each of `follows`, which are alternatives by their numbers in that order. `member` is the
+    speed-up that it works for, and `ends` says that its model is the one of that speed-up.
+    """
+
+    number: Number
+    step: Step
+    follows: tuple[tuple[int, ...], ...]
+    member: str = ""
+    ends: bool = False
+
+    @property
+    def place(self) -> str:
+        """The pass as messages name it."""
+        return where((*path_of(self.number), self.step.name))
+
+
+def path_of(number: Number) -> Path:
+    """Where in the text of a plan a pass stands."""
+    path: Path = ("passes", number[0])
+    return (*path, GRADUAL, "passes", number[1]) if len(number) > 1 else path
+
+
+def follow(steps: Steps) -> tuple[list[tuple[int, ...]], list[Problem]]:
     """For each step the indices of those it follows, and what is wrong with `id` and `after`."""
     problems: list[Problem] = []
     counted = Counter(step.name for step in steps)
@@ -120,7 +100,7 @@ def follow(steps: Sequence[Step]) -> tuple[list[tuple[int, ...]], list[Problem]]
     return followed, problems
 
 
-def _unfit(steps: Sequence[Step], index: int, name: str, names: Mapping[str, int], counted: Mapping[str, int]) -> str:
+def _unfit(steps: Steps, index: int, name: str, names: Mapping[str, int], counted: Mapping[str, int]) -> str:
     """Why step `index` can't follow the step called `name`; empty where it can."""
     earlier = [known for known, at in names.items() if at < index]
     if name not in names:
@@ -137,7 +117,7 @@ def _unfit(steps: Sequence[Step], index: int, name: str, names: Mapping[str, int
     return ""
 
 
-def _leads(steps: Sequence[Step], first: int, last: int, names: Mapping[str, int]) -> bool:
+def _leads(steps: Steps, first: int, last: int, names: Mapping[str, int]) -> bool:
     """Whether `last` follows `first`, over any number of steps."""
     seen, waiting = set(), [last]
     while waiting:
@@ -152,7 +132,26 @@ def _leads(steps: Sequence[Step], first: int, last: int, names: Mapping[str, int
     return False
 
 
-def expand(steps: Sequence[Step]) -> tuple[Node, ...]:
+def chain(steps: Steps, followed: Sequence[tuple[int, ...]]) -> list[Link]:
+    """Every pass in the order they run; what follows a gradual step follows each of its models."""
+    links: list[Link] = []
+    last: list[tuple[int, ...]] = []  # for each step the links that its models come from
+    for index, step in enumerate(steps):
+        follows, ends = tuple(last[parent] for parent in followed[index]), []
+        if isinstance(step, Step):
+            links.append(Link((index,), step, follows))
+            ends.append(len(links) - 1)
+        else:
+            for member, passes in step.members():
+                for inner, one in enumerate(passes):
+                    links.append(Link((index, inner), one, follows, member, one is passes[-1]))
+                    follows = ((len(links) - 1,),)
+                ends.append(len(links) - 1)
+        last.append(tuple(ends))
+    return links
+
+
+def expand(steps: Steps) -> tuple[Node, ...]:
     """Every model of the plan, in run order; the models that one run of a pass yields stand together.
 
     A step runs once for each model that the step before it made. A step that follows several merges those of their
@@ -162,20 +161,34 @@ def expand(steps: Sequence[Step]) -> tuple[Node, ...]:
     if problems:
         raise PlanError(f"{place(steps, problem.path[1])}: {problem.text}" for problem in problems)
     made: list[list[Node]] = []
-    for index, step in enumerate(steps):
+    roads: dict[Node, list[str]] = {}
+    for link in chain(steps, followed):
+        index = link.number[0]
         forked = followed.count(followed[index]) > 1 or len(followed[index]) > 1
         made.append([])
-        for parents in itertools.product(*(made[parent] for parent in followed[index])):
+        for parents in itertools.product(*([node for end in ends for node in made[end]] for ends in link.follows)):
             past = [parent.history() for parent in parents]
             if any(
                 one[key] is not two[key] for one, two in itertools.combinations(past, 2) for key in one.keys() & two
             ):
                 continue
-            road = [*_road(parents), *([step.id or step.name] if forked else [])]
-            for label in step.do.branches:
-                branch = "/".join([*road, label] if label else road)
-                made[index].append(Node(index, step, parents, label, branch))
+            if parents and parents[0].index == index:
+                road = roads[parents[0]]
+            else:
+                road = [*_road(parents), *([steps[index].id or steps[index].name] if forked else [])]
+            for yielded in link.step.do.branches:
+                label = yielded or (link.member if link.ends else "")
+                branch = "/".join([*road, name] if (name := yielded or link.member) else road)
+                made[-1].append(Node(link.number, link.step, parents, label, branch))
+                roads[made[-1][-1]] = road
     return tuple(itertools.chain.from_iterable(made))
+
+
+def leaves(nodes: Iterable[Node]) -> list[Node]:
+    """The models that leave: those that no step goes on from, but for the gradual step they belong to."""
+    every = list(nodes)
+    inner = {parent for node in every for parent in node.parents if parent.index != node.index or not parent.label}
+    return [node for node in every if node not in inner]
 
 
 def _road(parents: Sequence[Node]) -> list[str]:
@@ -190,52 +203,60 @@ def _road(parents: Sequence[Node]) -> list[str]:
     return [key for key in shared if key] + [apart[index].label for index in sorted(apart)]
 
 
-def contradictions(steps: Sequence[Step], passes: Mapping[str, type[Pass]]) -> list[Problem]:
+def contradictions(steps: Steps, passes: Mapping[str, type[Pass]]) -> list[Problem]:
     """What is wrong with the order of the steps, before anything runs; `passes` helps to name a missing step."""
     followed, problems = follow(steps)
+    links = chain(steps, followed)
+    told: dict[tuple[Path, str], Problem] = {}  # a gradual step's passes are looked at for each speed-up, and told once
     known: list[frozenset[Fact]] = []
-    spoiled: list[dict[Fact, int]] = []  # by which step a fact that was known went stale
-    fixed: list[int | None] = []  # the step that fixed the format
-    for index, step in enumerate(steps):
-        parents, do, path = followed[index], step.do, ("passes", index, step.name)
-        if len(parents) > 1 and not do.merges:
-            text = f"follows {len(parents)} steps, but {step.name} takes one model; expected one name"
-            problems.append(Problem(("passes", index, "after"), text))
+    spoiled: list[dict[Fact, int]] = []  # by which link a fact that was known went stale
+    fixed: list[int | None] = []  # the link that fixed the format
+
+    def tell(path: Path, what: str, text: str) -> None:
+        told.setdefault((path, what), Problem(path, text))
+
+    for index, link in enumerate(links):
+        do, path = link.step.do, (*path_of(link.number), link.step.name)
+        parents = [end for ends in link.follows for end in ends]
+        if len(link.follows) > 1 and not do.merges:
+            text = f"follows {len(link.follows)} steps, but {link.step.name} takes one model; expected one name"
+            tell(("passes", link.number[0], "after"), "merges", text)
         facts = frozenset.intersection(*(known[parent] for parent in parents)) if parents else GIVEN
         lost = {fact: by for parent in parents for fact, by in spoiled[parent].items()}
         for fact in sorted(do.requires - facts, key=lambda fact: fact.name):
-            problems.append(Problem(path, _missing(steps, index, fact, lost.get(fact), passes)))
+            tell(path, fact.name, _missing(links, index, fact, lost.get(fact), passes))
         format_by = next((fixed[parent] for parent in parents if fixed[parent] is not None), None)
         if format_by is not None and do.touches & (Part.SHAPE | Part.VALUES):
-            by = place(steps, format_by)
+            by = links[format_by].place
             touched = " and ".join(str(part.name).lower() for part in do.touches & (Part.SHAPE | Part.VALUES))
-            text = f"touches {touched}, but {by} has fixed the number format; expected it before {by}"
-            problems.append(Problem(path, text))
+            tell(path, "format", f"touches {touched}, but {by} has fixed the number format; expected it before {by}")
         facts |= do.requires  # a missing fact is told once, where it is first missed
         stale = stale_after(do, facts)
         known.append((facts - stale) | do.provides)
         spoiled.append({**lost, **dict.fromkeys(stale, index)})
         fixed.append(index if format_by is None and do.touches & Part.FORMAT else format_by)
-    return problems
+    return [*problems, *told.values()]
 
 
 def _missing(
-    steps: Sequence[Step], index: int, fact: Fact, spoiler: int | None, passes: Mapping[str, type[Pass]]
+    links: Sequence[Link], index: int, fact: Fact, spoiler: int | None, passes: Mapping[str, type[Pass]]
 ) -> str:
-    """Say that a step misses a fact, who spoiled it and what would mend it."""
+    """Say that a pass misses a fact, who spoiled it and what would mend it."""
     # A contract that depends on options is a property, which a class can't answer.
     listed = [name for name, cls in passes.items() if isinstance(cls.provides, frozenset) and fact in cls.provides]
-    givers = listed or list(dict.fromkeys(step.name for step in steps if fact in step.do.provides)) or ["one that does"]
-    needs, giver = f"needs '{fact.name}' ({fact.meaning})", " or ".join(givers)
+    givers = listed or list(dict.fromkeys(link.step.name for link in links if fact in link.step.do.provides))
+    needs, giver = f"needs '{fact.name}' ({fact.meaning})", " or ".join(givers or ["one that does"])
     if spoiler is not None:
-        by = place(steps, spoiler)
+        by, mine = links[spoiler].place, links[index].number
+        if links[spoiler].number[0] == mine[0] and links[spoiler].number >= mine:
+            return f"{needs}, which {by} makes stale for the next speed-up; expected {giver} in the gradual step"
         return f"{needs}, which {by} has made stale; expected {giver} again between {by} and it"
-    late = next((at for at in range(index + 1, len(steps)) if fact in steps[at].do.provides), None)
+    late = next((link for link in links[index + 1 :] if fact in link.step.do.provides), None)
     if late is not None:
-        return f"{needs}, which {place(steps, late)} gives too late; expected {steps[late].name} before it"
+        return f"{needs}, which {late.place} gives too late; expected {late.step.name} before it"
     return f"{needs}, which no step before it gives; expected {giver} before it"
 
 
-def place(steps: Sequence[Step], index: Any) -> str:
+def place(steps: Steps, index: Any) -> str:
     """A step as messages name it: `passes[2].ziplm`."""
-    return f"passes[{index}].{steps[index].name}"
+    return where(("passes", index, steps[index].name))

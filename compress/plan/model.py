@@ -11,9 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from compress.data import DataOptions
 from compress.errors import PlanError
-from compress.plan.graph import Export, Node, Step, contradictions, expand
+from compress.plan.graph import Node, contradictions, expand
 from compress.plan.reader import Tables, read_parts
 from compress.plan.source import Problem, Source, parse
+from compress.plan.steps import Export, Gradual, Step
 from compress.plan.world import locate, obstacles
 from compress.target import Target
 
@@ -31,7 +32,7 @@ class Plan(BaseModel):
     task: str = "auto"
     data: DataOptions = Field(default_factory=DataOptions)
     target: Target = Field(default_factory=Target)
-    passes: tuple[Step, ...]
+    passes: tuple[Step | Gradual, ...]
     export: tuple[Export, ...] = ()
     out: str | None = None
 
@@ -111,7 +112,7 @@ def _problems(parts: Mapping[str, Any], tables: Tables) -> list[Problem]:
         return obstacles(parts)
     if not steps:
         return [*obstacles(parts), Problem(("passes",), "there is none; expected a list with at least one pass")]
-    built = [step if isinstance(step, Step) else Step(**step) for step in steps]
+    built = [Step(**step) if isinstance(step, dict) else step for step in steps]
     return [*obstacles(parts), *contradictions(built, tables.passes)]
 
 

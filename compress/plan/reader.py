@@ -11,6 +11,7 @@ from compress.contract import Options, Pass
 from compress.data import DataOptions
 from compress.errors import nearest
 from compress.plan.source import Path, Source
+from compress.plan.steps import FILLED, GRADUAL, Gradual, Stages, Step, takes, unfit
 from compress.target import Target
 
 KEYS = ("model", "task", "data", "target", "passes", "export", "out")
@@ -49,20 +50,24 @@ def read_parts(source: Source, tables: Tables) -> dict[str, Any]:
         items = value.get(key)
         if key == "export" and items is None:
             items = [name for name in DEFAULT_EXPORT if name in table]
-        steps = list(_named(source, items or [], table, key))
+        steps = list(_named(source, items or [], table, (key,)))
         if None not in steps and not any(problem.path[:1] == (key,) for problem in source.problems):
             parts[key] = steps
     return parts
 
 
-def _named(source: Source, items: Any, table: Mapping[str, type[Any]], key: str) -> Iterator[dict[str, Any] | None]:
-    """Yield the fields of each step or exporter of a list, None for one that can't be built."""
-    kind, beside = ("pass", ("id", "after")) if key == "passes" else ("exporter", ())
+def _named(source: Source, items: Any, table: Mapping[str, type[Any]], place: Path) -> Iterator[Any]:
+    """Yield each step or exporter of the list at `place`, None for one that can't be built.
+
+    It is a gradual step, or the fields of a plain one.
+    """
+    kind, beside = ("exporter" if place == ("export",) else "pass"), (("id", "after") if place == ("passes",) else ())
+    known = [*table, GRADUAL] if beside else list(table)
     if not isinstance(items, list):
-        source.blame((key,), f"{_met(items)}; expected a list, each line starting with '- '")
+        source.blame(place, f"{_met(items)}; expected a list, each line starting with '- '")
         return
     for index, item in enumerate(items):
-        path: Path = (key, index)
+        path: Path = (*place, index)
         fields = {item: None} if isinstance(item, str) else item
         if not isinstance(fields, dict):
             source.blame(path, f"{_met(item)}; expected the name of a {kind}, or a name with its options")
@@ -70,21 +75,60 @@ def _named(source: Source, items: Any, table: Mapping[str, type[Any]], key: str)
             continue
         names = [name for name in fields if name not in beside]
         if not names:
-            source.blame(path, f"names no {kind}; expected one of {', '.join(table)}")
+            source.blame(path, f"names no {kind}; expected one of {', '.join(known)}")
             yield None
             continue
-        name = next((name for name in names if name in table), names[0])
-        if name not in table:
-            source.blame((*path, name), f"unknown {kind}; expected one of {', '.join(table)}{nearest(name, table)}")
+        name = next((name for name in names if name in known), names[0])
+        if name not in known:
+            source.blame((*path, name), f"unknown {kind}; expected one of {', '.join(known)}{nearest(name, known)}")
             yield None
             continue
         for stray in [other for other in names if other != name]:
             expected = f"expected {' or '.join(beside)} here; " if beside else ""
             deeper = f"{expected}options stand one level deeper, under {name}:{nearest(stray, beside)}"
             source.blame((*path, stray), f"unknown key beside the {kind} {name}; {deeper}")
-        do = _build(source, table[name], fields[name], (*path, name))
         extra = {other: _beside(source, other, fields[other], (*path, other)) for other in beside if other in fields}
+        if name not in table:
+            yield _gradual(source, fields[name], extra, table, (*path, name))
+            continue
+        do = _build(source, table[name], fields[name], (*path, name))
         yield None if do is None else {"name": name, "do": do, **extra}
+
+
+def _gradual(
+    source: Source, value: Any, beside: dict[str, Any], table: Mapping[str, type[Pass]], path: Path
+) -> Gradual | None:
+    """A gradual step, or None with its problems noted; its passes are built for every speed-up, to find all of them."""
+    stages = _build(source, Stages, value, path)
+    if stages is None:
+        return None
+    place = (*path, "passes")
+    for speedup in stages.speedups:
+        passes = list(_named(source, _filled(source, stages.passes, speedup, table, place), table, place))
+    if any(problem.path[: len(place)] == place for problem in source.problems):
+        return None
+    steps = [Step(**fields) for fields in passes]
+    for at, problem in unfit(steps):
+        source.blame(place if at is None else (*place, at, steps[at].name), problem)
+        return None
+    return Gradual(speedups=stages.speedups, passes=tuple(steps), **beside)
+
+
+def _filled(source: Source, items: Any, speedup: float, table: Mapping[str, type[Pass]], place: Path) -> Any:
+    """The passes of a gradual step with the speed-up where one takes it; what isn't well formed stays as it is."""
+    if not isinstance(items, list):
+        return items
+    filled = []
+    for index, item in enumerate(items):
+        fields = {item: None} if isinstance(item, str) else item
+        for name, options in fields.items() if isinstance(fields, dict) else ():
+            if not (name in table and takes(table[name]) and isinstance(options, dict | None)):
+                continue
+            if options and FILLED in options:
+                source.blame((*place, index, name, FILLED), "is the gradual step's to fill in; expected it there alone")
+            fields = {**fields, name: {**(options or {}), FILLED: [speedup]}}
+        filled.append(fields)
+    return filled
 
 
 def _beside(source: Source, key: str, value: Any, path: Path) -> Any:

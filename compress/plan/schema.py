@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from compress.data import DataOptions
 from compress.plan.reader import DEFAULT_EXPORT, Tables
+from compress.plan.steps import FILLED, GRADUAL, Stages
 from compress.target import Target
 from compress.tasks import TASKS
 
@@ -29,7 +30,7 @@ def schema(tables: tuple[Any, Any]) -> dict[str, Any]:
         "task": {"enum": ["auto", *TASKS], "default": "auto"},
         "data": _options("data", DataOptions, shared),
         "target": _options("target", Target, shared),
-        "passes": _list("passes", known.passes, {"id": ID, "after": AFTER}, shared) | {"minItems": 1},
+        "passes": _passes(known.passes, shared),
         "export": _list("export", known.exporters, {}, shared) | {"default": DEFAULT_EXPORT},
         "out": {**text, "description": "the folder that results are written to"},
     }
@@ -44,21 +45,50 @@ def schema(tables: tuple[Any, Any]) -> dict[str, Any]:
     }
 
 
-def _list(key: str, table: Mapping[str, type[BaseModel]], beside: dict[str, Any], shared: dict[str, Any]) -> Any:
-    """A list whose items are bare names, or one name with its options and what may stand beside it."""
-    bare = [name for name, cls in table.items() if not any(field.is_required() for field in cls.model_fields.values())]
+def _passes(table: Mapping[str, type[BaseModel]], shared: dict[str, Any]) -> Any:
+    """The list of passes, a gradual step among them, whose own passes are given no speed-up."""
+    beside = {"id": ID, "after": AFTER}
+    passes = _list("passes", table, beside, shared)
+    stages = _options(GRADUAL, Stages, shared)
+    shared[GRADUAL]["properties"]["passes"] |= _list(f"{GRADUAL}.passes", table, {}, shared, filled=FILLED)
+    passes["items"]["anyOf"].append(_form(GRADUAL, stages, beside))
+    return {**passes, "minItems": 1}
+
+
+def _list(
+    key: str, table: Mapping[str, type[BaseModel]], beside: dict[str, Any], shared: dict[str, Any], filled: str = ""
+) -> Any:
+    """A list whose items are bare names, or one name with its options and what may stand beside it.
+
+    The option `filled` is none to be given.
+    """
+    bare = [
+        name
+        for name, cls in table.items()
+        if not any(field.is_required() for option, field in cls.model_fields.items() if option != filled)
+    ]
     forms: list[dict[str, Any]] = [{"enum": bare}] if bare else []
     for name, cls in table.items():
-        options = _options(f"{key}.{name}", cls, shared)
-        value = {"anyOf": [options, {"type": "null"}]} if name in bare else options
-        properties = {name: value, **beside}
-        forms.append({"type": "object", "required": [name], "properties": properties, "additionalProperties": False})
+        options = _options(f"{key}.{name}", cls, shared, filled)
+        forms.append(_form(name, {"anyOf": [options, {"type": "null"}]} if name in bare else options, beside))
     return {"type": "array", "items": {"anyOf": forms}}
 
 
-def _options(name: str, cls: type[BaseModel], shared: dict[str, Any]) -> dict[str, Any]:
+def _form(name: str, value: Any, beside: dict[str, Any]) -> dict[str, Any]:
+    """One name with its options, and what may stand beside it."""
+    return {
+        "type": "object",
+        "required": [name],
+        "properties": {name: value, **beside},
+        "additionalProperties": False,
+    }
+
+
+def _options(name: str, cls: type[BaseModel], shared: dict[str, Any], filled: str = "") -> dict[str, Any]:
     """A reference to the schema of an options class, which is put into `shared` with all that it refers to."""
     made = cls.model_json_schema(ref_template=f"#/$defs/{name}.{{model}}")
     shared.update({f"{name}.{inner}": value for inner, value in made.pop("$defs", {}).items()})
+    if made["properties"].pop(filled, None):
+        made["required"] = [option for option in made.get("required", ()) if option != filled]
     shared[name] = made
     return {"$ref": f"#/$defs/{name}"}

@@ -29,10 +29,15 @@ class Menu:
     losses: Mapping[str, np.ndarray]
     times: Mapping[str, np.ndarray]
 
-    def search(self, budget: float) -> Sizes:
-        """The sizes of least summed loss that take at most `budget` milliseconds; raises TargetError if none do."""
+    def search(self, budget: float, coefficients: Sequence[float] | np.ndarray | None = None) -> Sizes:
+        """The sizes of least summed loss that take at most `budget` milliseconds; raises TargetError if none do.
+
+        `coefficients` (axes,) multiply the losses.
+        """
         names = list(self.sizes)
-        options = solve([self.losses[name] for name in names], [self.times[name] for name in names], budget)
+        weights = np.ones(len(names)) if coefficients is None else coefficients
+        losses = [weight * self.losses[name] for name, weight in zip(names, weights, strict=True)]
+        options = solve(losses, [self.times[name] for name in names], budget)
         return {name: self.sizes[name][option] for name, option in zip(names, options, strict=True)}
 
     def uniform(self, budget: float) -> Sizes:
@@ -111,13 +116,14 @@ def pursue(
     present: float,
     corrections: int,
     tolerance: float,
+    loss: Callable[[Sizes], float] | None = None,
 ) -> Promise:
     """Choose and try sizes until the model is `speedup` times faster than the dense one, and hardly faster than that.
 
     `dense` and `present` are milliseconds of the dense model and of the one that will be cut. `choose` gives sizes
     that fit a budget of milliseconds, `trial` builds and measures them. The aim lies a share `tolerance` above the
-    promise, so that noise doesn't break it. Raises TargetError if by table and by measurement no sizes are fast
-    enough; if only a measurement says so, the promise may end up missed.
+    promise, so that noise doesn't break it. `loss` judges sizes, by the menu if it is left out. Raises TargetError if
+    by table and by measurement no sizes are fast enough; if only a measurement says so, the promise may end up missed.
     """
     whole = menu.milliseconds({name: max(sizes) for name, sizes in menu.sizes.items()})
     rate = min(1.0, present / whole)  # a table can't be right that tells more than the whole model takes
@@ -127,8 +133,8 @@ def pursue(
     def attempt(sizes: Sizes) -> float:
         """Try sizes; the milliseconds that nothing so far explains are returned."""
         expected = unexplained + rate * menu.milliseconds(sizes)
-        ratio = trial(sizes)
-        attempts.append(Attempt(dict(sizes), menu.loss(sizes), dense / expected, ratio.value, ratio.low, ratio.high))
+        ratio, lost = trial(sizes), (loss or menu.loss)(sizes)
+        attempts.append(Attempt(dict(sizes), lost, dense / expected, ratio.value, ratio.low, ratio.high))
         return dense / ratio.value - expected
 
     if speedup * (unexplained + rate * menu.milliseconds(fastest)) > dense:

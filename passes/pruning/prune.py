@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from compress.contract import STATISTICS, TEACHER, Fact
 from passes.pruning.structured import StructuredPruning
@@ -13,8 +13,10 @@ from passes.pruning.structured import StructuredPruning
 if TYPE_CHECKING:
     from compress.layout import Axis
     from compress.state import State
+    from passes.pruning.choice import Choice
     from passes.pruning.database import Curve, Fit
-    from passes.pruning.promise import Menu, Sizes
+    from passes.pruning.fitness import Fitness
+    from passes.pruning.promise import Menu
 
 
 class Prune(StructuredPruning):
@@ -22,13 +24,18 @@ class Prune(StructuredPruning):
 
     ``magnitude`` takes the units read with the smallest weights, ``random`` any (by `seed`); what stays is left as it
     is. ``obs`` removes and refits as ZipLM does. ``uniform`` keeps the same share of every axis, ``search`` the sizes
-    of least loss.
+    that `search` finds.
     """
 
     criterion: Literal["magnitude", "random", "obs"] = "magnitude"
     allocation: Literal["uniform", "search"] = "uniform"
     damping: float = Field(default=0.01, gt=0, le=1)
-    seed: int = 0
+
+    @model_validator(mode="after")
+    def _searches_if_told_how(self) -> Prune:
+        if self.allocation == "uniform" and self.search != "prior":
+            raise ValueError(f"search: {self.search} needs allocation: search; met allocation: uniform")
+        return self
 
     @property
     def requires(self) -> frozenset[Fact]:  # type: ignore[override]
@@ -48,6 +55,8 @@ class Prune(StructuredPruning):
         generator = np.random.default_rng(self.seed)
         return {axis.name: by_chance(axis, generator) for axis in axes}, None
 
-    def choice(self, menu: Menu) -> Callable[[float], Sizes]:
+    def choice(self, menu: Menu, fitness: Fitness | None) -> Choice:
         """One share for all, or the search."""
-        return menu.uniform if self.allocation == "uniform" else menu.search
+        from passes.pruning.choice import Choice
+
+        return Choice(menu, menu.uniform) if self.allocation == "uniform" else super().choice(menu, fitness)

@@ -18,9 +18,9 @@ from compress.evaluate.measures import token_columns
 from compress.layout import Layout
 from compress.progress import track
 from compress.state import State
-from compress.statistics import frozen, run_body
+from compress.statistics import frozen
 from passes.pruning.depth import angular_distances, greedily, influence, nearest_range
-from passes.pruning.sensitivity import relative_error, restored
+from passes.pruning.sensitivity import HIDDEN, change, restored
 from passes.pruning.watch import Call, answer, blocks_of, first_of, last_of, real_tokens, stepped_over, watched
 
 Batches = Sequence[dict[str, Tensor]]
@@ -140,13 +140,13 @@ def by_loss(state: State, parts: Sequence[str], batches: Batches) -> Choose:
     model, layout = state.model, state.layout
     labelled = state.task.packs and all("labels" in batch for batch in batches)
     with frozen(model):
-        dense = [] if labelled else [run_body(model, batch) for batch in batches]
+        dense = [] if labelled else [HIDDEN.read(model, batch) for batch in batches]
 
     def loss(gone: Sequence[str]) -> float:
         with frozen(model), without(model, layout, gone):
             if labelled:
                 return likelihood_loss(model, batches, shift=int(state.task.name == "text-generation"))
-            return relative_error(model, batches, dense)
+            return change(model, batches, dense, HIDDEN)
 
     order, taken = greedily(parts, loss), list[tuple[str, float]]()
 

@@ -7,21 +7,60 @@ independent changes add up, which is what an allocation needs of the numbers it 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from compress.evaluate.run import likeness
 from compress.layout import Layout
 from compress.progress import track
-from compress.statistics import frozen, run_body
+from compress.statistics import frozen, real_rows, run_body
 from passes.pruning.database import Curve, Fit, silence_
 
 SHARES = (0.5, 0.25, 0.0)  # of an axis' units, measured; what lies between is interpolated
 TINY = 1e-12
+HELD = 2**26  # bytes of one batch's predictions that are kept to compare with
+
+
+@dataclass(frozen=True)
+class Output:
+    """What of a model's output is compared: `read` gives it of real tokens (tokens, any), `distance` is (tokens,)."""
+
+    read: Callable[[PreTrainedModel, Mapping[str, Tensor]], Tensor]
+    distance: Callable[[Tensor, Tensor], Tensor]
+
+
+def hidden_states(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
+    """The last hidden states (tokens, hidden)."""
+    return real_rows(run_body(model, batch), batch.get("attention_mask"))
+
+
+def relative_error(now: Tensor, before: Tensor) -> Tensor:
+    """Squared change of each token's states relative to their own square."""
+    return (now - before).square().sum(-1) / before.square().sum(-1).clamp(min=TINY)
+
+
+def predictions(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
+    """The logits (tokens, vocabulary) of evenly chosen tokens, as many as are worth holding."""
+    names = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch]
+    logits = model(**{name: batch[name].to(model.device) for name in names}).logits
+    rows = real_rows(logits, batch.get("attention_mask"))
+    most = max(1, HELD // (4 * rows.shape[-1]))
+    return rows[:: -(-len(rows) // most)].clone()
+
+
+def divergence(now: Tensor, before: Tensor) -> Tensor:
+    """KL(before, now) of each token's predictions, in nats."""
+    return likeness(now, before)[1]
+
+
+HIDDEN = Output(hidden_states, relative_error)
+PREDICTIONS = Output(predictions, divergence)
 
 
 def measured_losses(
@@ -37,7 +76,7 @@ def measured_losses(
     logarithmic scales; below the smallest measured one it is proportional to the curve.
     """
     with frozen(model):
-        dense = [run_body(model, batch) for batch in batches]
+        before = [HIDDEN.read(model, batch) for batch in batches]
         losses = {}
         for name, curve in track(curves.items(), "measure sensitivity", len(curves)):
             axis = layout.axis(name)
@@ -46,7 +85,7 @@ def measured_losses(
             for size in sizes:
                 with restored(model, [site.module for site in axis.readers]):
                     silence_(model, layout, name, curve.kept(size), fit)
-                    errors.append(relative_error(model, batches, dense))
+                    errors.append(change(model, batches, before, HIDDEN))
             losses[name] = follow(curve.relative, axis.units - np.array(sizes), np.array(errors))
     return losses
 
@@ -60,24 +99,17 @@ def follow(curve: np.ndarray, places: np.ndarray, errors: np.ndarray) -> np.ndar
     return np.where(curve > 0, np.exp(bent), 0.0)
 
 
-def relative_error(model: PreTrainedModel, batches: Sequence[dict[str, Tensor]], dense: Sequence[Tensor]) -> float:
-    """Squared change of the last hidden states relative to their own square, meaned over tokens but padding."""
-    total, count = 0.0, 0
-    for batch, before in zip(batches, dense, strict=True):
-        change = relative_change(before, run_body(model, batch), batch.get("attention_mask"))
-        total, count = total + float(change.sum()), count + change.numel()
-    return total / max(count, 1)
+def change(
+    model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], before: Sequence[Tensor], output: Output
+) -> float:
+    """Mean distance over tokens between the model's `output` and what it was `before`."""
+    changes = [output.distance(output.read(model, batch), old) for batch, old in zip(batches, before, strict=True)]
+    return float(sum(one.sum() for one in changes)) / max(sum(one.numel() for one in changes), 1)
 
 
 def relative_change(before: Tensor, after: Tensor, mask: Tensor | None) -> Tensor:
-    """Squared change of states (batch, tokens, hidden) relative to their own square, (tokens,) for all but padding.
-
-    A mask of another shape than (batch, tokens) belongs to another stack, and all tokens count.
-    """
-    change = (after - before).square().sum(-1) / before.square().sum(-1).clamp(min=TINY)
-    if mask is not None and mask.shape == change.shape:
-        return change[mask.to(change.device).bool()]
-    return change.flatten()
+    """Squared change of states (batch, tokens, hidden) relative to their own square, (tokens,) for all but padding."""
+    return relative_error(real_rows(after, mask), real_rows(before, mask))
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator
@@ -14,13 +14,17 @@ from compress.errors import LayoutError
 if TYPE_CHECKING:
     import numpy as np
 
+    from compress.latency import Table
     from compress.layout import Axis
     from compress.measure import Ratio, Timing
     from compress.state import State
+    from passes.pruning.choice import Choice
     from passes.pruning.database import Curve, Fit
+    from passes.pruning.fitness import Fitness
     from passes.pruning.promise import Menu, Sizes
 
 SENSITIVITY_SAMPLES = 64
+SEARCH_BATCH = 8  # small, as evolution judges by few batches first
 
 
 def distinct(speedups: tuple[float, ...] | None) -> tuple[float, ...] | None:
@@ -40,21 +44,44 @@ def named_after(speedups: Sequence[float]) -> tuple[str, ...]:
 class StructuredPruning(Pass):
     """Cut heads and columns until the model is `speedups` times faster than the dense one, as measured on the target.
 
-    Several speed-ups give a branch each. `kinds` are the axes that may shrink. `prior` is what the search sums up:
-    ``sensitivity``, the error of the model's last hidden states, measured for each axis; ``relative``, the error of
-    what each axis gives relative to all it gives; ``loss``, that error as it is. The aim lies a share `tolerance` above
-    the promise, and at most `max_corrections` further models are built and measured to meet it.
+    Several speed-ups give a branch each. `prior` is the loss of each axis at each size: ``sensitivity``, the error of
+    the model's last hidden states, measured for each axis; ``relative``, the error of what each axis gives relative to
+    all it gives; ``loss``, that error as it is. `search` chooses the sizes: ``prior`` takes those whose losses sum to
+    the least. Losses of single axes don't quite add up, so the others look at the whole pruned model, at its last
+    hidden states or, of a language model, its predictions: ``spdy`` learns a coefficient for each axis' losses,
+    ``evolution`` breeds sizes.
     """
 
     requires: ClassVar[frozenset[Fact]] = frozenset({TEACHER})
     touches: ClassVar[Part] = Part.SHAPE | Part.VALUES
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
-    speedups: tuple[Annotated[float, Field(ge=1)], ...] = Field(min_length=1)
-    kinds: tuple[Literal["heads", "columns"], ...] = Field(default=("heads", "columns"), min_length=1)
-    prior: Literal["sensitivity", "relative", "loss"] = "sensitivity"
-    max_corrections: int = Field(default=3, ge=0)
-    tolerance: float = Field(default=0.01, ge=0, lt=1)
+    speedups: tuple[Annotated[float, Field(ge=1)], ...] = Field(
+        min_length=1, description="times faster than the dense model, a branch each"
+    )
+    kinds: tuple[Literal["heads", "columns"], ...] = Field(
+        default=("heads", "columns"), min_length=1, description="the axes that may shrink"
+    )
+    prior: Literal["sensitivity", "relative", "loss"] = Field(
+        default="sensitivity", description="the loss of each axis at each size"
+    )
+    search: Literal["prior", "spdy", "evolution"] = Field(
+        default="prior", description="sizes by the summed prior, or by a search that judges the whole pruned model"
+    )
+    search_samples: int = Field(default=64, ge=1, description="rows of calibration text that a search judges by")
+    search_trials: int = Field(
+        default=100, ge=1, description="spdy: random coefficients to begin with, and failures in a row that end a round"
+    )
+    generations: int = Field(
+        default=50, ge=1, description="evolution: generations, of four evaluations by all samples each"
+    )
+    seed: int = Field(default=0, ge=0, description="of all that is drawn at random")
+    max_corrections: int = Field(
+        default=3, ge=0, description="further models built and measured at most, to meet the promise"
+    )
+    tolerance: float = Field(
+        default=0.01, ge=0, lt=1, description="share above the promise that is aimed at, so that noise won't break it"
+    )
 
     _distinct = field_validator("speedups")(distinct)
 
@@ -67,9 +94,27 @@ class StructuredPruning(Pass):
         """The curve of each axis by name, and how the weights that stay are refitted, if they are."""
         raise NotImplementedError
 
-    def choice(self, menu: Menu) -> Callable[[float], Sizes]:
-        """How sizes are chosen for a budget of milliseconds."""
-        return menu.search
+    def choice(self, menu: Menu, fitness: Fitness | None) -> Choice:
+        """How sizes are chosen for a budget of milliseconds; a search starts from those of the summed prior."""
+        from passes.pruning.choice import Choice, Evolution, Spdy
+
+        if fitness is None:
+            return Choice(menu, menu.search)
+        if self.search == "spdy":
+            return Spdy(menu, menu.search, fitness, self.search_trials, self.seed)
+        return Evolution(menu, menu.search, fitness, self.generations, self.seed)
+
+    def fitness(self, state: State, curves: Mapping[str, Curve], fit: Fit | None) -> Fitness | None:
+        """What a search judges sizes by; None where there is no search."""
+        from passes.pruning.calibrate import calibration
+        from passes.pruning.fitness import Fitness
+        from passes.pruning.sensitivity import HIDDEN, PREDICTIONS
+
+        if self.search == "prior":
+            return None
+        batches = list(calibration(state.data, self.search_samples, SEARCH_BATCH))
+        output = PREDICTIONS if state.task.packs else HIDDEN
+        return Fitness(state.model, state.layout, curves, fit, batches, output)
 
     def run(self, state: State) -> Iterator[State]:
         """Yield one cut model per speed-up; its figures tell what was promised, predicted and measured."""
@@ -81,7 +126,7 @@ class StructuredPruning(Pass):
         if not axes:
             raise LayoutError(f"nothing of kind {' or '.join(self.kinds)} is left to cut in this model")
         curves, fit = self.curves(state, axes)
-        menu = _menu(state, axes, self.losses(state, curves, fit))
+        menu, fitness = _menu(state, axes, self.losses(state, curves, fit)), self.fitness(state, curves, fit)
         as_dense = state.layout == layout_of(state.dense.model) and VOCABULARY.name not in state.facts
         dense, present = timed(state, None if as_dense else state)
 
@@ -91,12 +136,14 @@ class StructuredPruning(Pass):
             return speedup(*timed(state, cut_to(state, curves, sizes, fit)))
 
         for faster in self.speedups:
+            choice = self.choice(menu, fitness)
             promise = pursue(
-                faster, menu, self.choice(menu), trial,
-                dense.milliseconds, present.milliseconds, self.max_corrections, self.tolerance,
+                faster, menu, choice, trial,
+                dense.milliseconds, present.milliseconds, self.max_corrections, self.tolerance, choice.loss,
             )  # fmt: skip
-            branch = cut_to(state, curves, promise.best.sizes, fit)
-            branch.figures = {"dense_milliseconds": dense.milliseconds, **promise.figures()}
+            sizes = promise.best.sizes
+            branch = cut_to(state, curves, sizes, fit)
+            branch.figures = {"dense_milliseconds": dense.milliseconds, **promise.figures(), **choice.figures(sizes)}
             yield branch
 
     def losses(self, state: State, curves: Mapping[str, Curve], fit: Fit | None) -> dict[str, np.ndarray]:
@@ -116,18 +163,43 @@ def _menu(state: State, axes: Sequence[Axis], losses: Mapping[str, np.ndarray]) 
     """Sizes and times as the target's latency table gives them, with the losses of those sizes."""
     import numpy as np
 
-    from compress.latency import table
-    from compress.runtimes import example_inputs
     from passes.pruning.promise import Menu
 
-    inputs = example_inputs(state.model, state.tokenizer, state.target.batch, state.target.sequence)
-    measured = table(state.model, state.layout, state.target, inputs, state.workshop.run / "latency")
+    measured, names = _table(state)
     sizes = {
-        axis.name: sorted({axis.units, *(n for n in measured.sizes(axis.name) if axis.least <= n <= axis.units)})
+        axis.name: sorted({axis.units, *(n for n in measured.sizes(names[axis.name]) if axis.least <= n <= axis.units)})
         for axis in axes
     }
-    times = {name: np.array([measured.milliseconds(name, size) for size in offer]) for name, offer in sizes.items()}
+    times = {
+        name: np.array([measured.milliseconds(names[name], size) for size in offer]) for name, offer in sizes.items()
+    }
     return Menu(sizes, {axis.name: losses[axis.name][axis.units - np.array(sizes[axis.name])] for axis in axes}, times)
+
+
+def _table(state: State) -> tuple[Table, Mapping[str, str]]:
+    """The latency table for a model, and the name in it of each axis.
+
+    It is the dense model's where that has the same axes, if larger ones: a model cut before would be measured anew for
+    every width that its blocks have come to.
+    """
+    from compress.families import layout_of
+    from compress.latency import table
+    from compress.runtimes import example_inputs
+    from compress.state import dense_name
+
+    inputs = example_inputs(state.model, state.tokenizer, state.target.batch, state.target.sequence)
+    folder = state.workshop.run / "latency"
+    layout, dense = state.layout, layout_of(state.dense.model)
+    names = {name: dense_name(name, state.model) for name in layout.axes}
+    if all(old in dense.axes and _form(layout.axes[new]) == _form(dense.axes[old]) for new, old in names.items()):
+        return table(state.dense.model, dense, state.target, inputs, folder), names
+    return table(state.model, layout, state.target, inputs, folder), {name: name for name in layout.axes}
+
+
+def _form(axis: Axis) -> tuple[object, ...]:
+    """What two axes have in common if one is the other cut: all but the units, if its time is its own."""
+    its_own = axis.kind in ("heads", "columns")  # the time of any other width is spread over all that it runs through
+    return axis.kind, None if its_own else axis.units, [(site.dim, site.width) for site in axis.sites]
 
 
 def timed(state: State, other: State | None) -> tuple[Timing, Timing]:
