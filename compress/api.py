@@ -78,7 +78,7 @@ def compress(
         speedup: one number or several, at least 1; several give a branch each. Stands for the plan calibrate, ziplm,
             distill.
         plan: a YAML file, its text, its values, or a Plan.
-        data: a file, a `datasets` name or options; the English prose that ships with Python where nothing is said.
+        data: a file, a `datasets` name or options; the built-in English where nothing is said.
         target: device, runtime, batch, sequence and threads that the speed-up is measured on.
         task: the task's name on the hub; told from the model's config where it is left out.
         tokenizer: that of a model in memory; looked for where the model came from if it is left out.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import zlib
@@ -19,6 +20,7 @@ from pydantic import ValidationError
 from compress.data import Data, DataOptions
 from compress.data.batches import IGNORED, collate, group, swap_words
 from compress.data.corpus import is_prose, read_corpus, split_sentences
+from compress.data.everyday import PATTERNS, SLOT, WORDS, everyday
 from compress.data.labels import find_labels
 from compress.data.splits import SPLITS, text_key
 from compress.errors import DataError
@@ -455,8 +457,21 @@ def test_corpus_is_english_prose_of_varied_length() -> None:
     assert not [row for row in rows if any(mark in row for mark in ("``", ":class:", ">>>", "::", "\n"))]
 
 
+def test_everyday_sentences_are_whole_and_all_different() -> None:
+    rows = everyday()
+    assert len(set(rows)) == len(rows) > 5000
+    assert not set(rows) & set(read_corpus())
+    assert all(row[0].isupper() or row[0].isdigit() for row in rows)
+    assert all(row[-1] in ".?" and not re.search(r"[{}]|  | [.,?]|\b[Aa] [aeiou]", row) for row in rows)
+    used = {slot for pattern in PATTERNS for slot in SLOT.findall(pattern)}
+    assert used == set(WORDS)
+
+
 def test_corpus_is_the_same_in_another_process() -> None:
-    show = "from compress.data.corpus import read_corpus as r; import zlib; print(zlib.crc32(repr(r()).encode()))"
+    show = (
+        "from compress.data.corpus import read_corpus as r; from compress.data.everyday import everyday as e; "
+        "import zlib; print(zlib.crc32(repr((r(), e())).encode()))"
+    )
     run = subprocess.run(
         [sys.executable, "-c", show],
         capture_output=True,
@@ -464,7 +479,7 @@ def test_corpus_is_the_same_in_another_process() -> None:
         check=True,
         env={**os.environ, "PYTHONHASHSEED": "7"},
     )
-    assert int(run.stdout) == zlib.crc32(repr(read_corpus()).encode())
+    assert int(run.stdout) == zlib.crc32(repr((read_corpus(), everyday())).encode())
 
 
 CLEANED = {
@@ -486,7 +501,7 @@ def test_builtin_source_serves_any_packing_or_unlabelled_task() -> None:
     data = Data.open(DataOptions(), tokenizer(), TASKS["feature-extraction"])
     assert {name: data.count(name) for name in ("calibration", "validation")} == {
         "calibration": 512,
-        "validation": len(read_corpus()) // 10,
+        "validation": (len(read_corpus()) + len(everyday())) // 10,
     }
     assert DataOptions(label="label").problems("text-classification") == [
         "data.source: builtin has no column 'label'; it has text"

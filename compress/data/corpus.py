@@ -1,4 +1,4 @@
-"""The built-in corpus: some 11,000 rows (1 MB) of English prose that ships with Python, read without importing it.
+"""The prose of the built-in corpus: some 11,000 rows (1 MB) that ship with Python, read without importing it.
 
 Rows come from the language reference (`pydoc_data.topics`) and the docstrings of the standard library: paragraphs of
 running text, cleaned of markup, code and tables, then cut by turns into single sentences and groups of two to four,
@@ -35,7 +35,7 @@ WORD = re.compile(r"[A-Za-z]+(?:['’-][A-Za-z]+)*[,.;:?!)\"']*$")
 
 @cache
 def read_corpus() -> tuple[str, ...]:
-    """Return the rows, none of them twice; a few seconds' work, done once in a process."""
+    """Return the rows of prose, none of them twice; a few seconds' work, done once in a process."""
     rows: dict[str, None] = {}
     seen: set[str] = set()
     lengths = cycle(LENGTHS)

@@ -17,12 +17,12 @@ COLUMNS = {
 class DataOptions(Options):
     """Where the rows come from and how they are split.
 
-    `source` is "builtin" (English prose that ships with Python), a .txt, .tokens, .jsonl, .json, .csv or .tsv file,
-    a folder saved by `datasets`, or the name of a dataset on the hub, whose `config` and `split` may be named.
-    `validation` and `test` are other files, or for a dataset other splits of it; what is not given is held out of
-    the source: `held_share` of its rows each, and no more than `validation_rows` and `test_rows`. `substitute` swaps
-    words for random ones of the vocabulary, in each row of calibration and training a share between none and so many:
-    for a teacher that is to be heard on more than the data speaks of.
+    `source` is "builtin" (prose that ships with Python, and everyday sentences made by a grammar), a .txt, .tokens,
+    .jsonl, .json, .csv or .tsv file, a folder saved by `datasets`, or the name of a dataset on the hub, whose `config`
+    and `split` may be named. `validation` and `test` are other files, or for a dataset other splits of it; what is not
+    given is held out of the source: `held_share` of its rows each, and no more than `validation_rows` and `test_rows`.
+    `substitute` swaps words for random ones of the vocabulary, in each row of calibration and training a share between
+    none and so many: for a teacher that is to be heard on more than the data speaks of.
     """
 
     source: str = Field("builtin", description="builtin, a file, a folder saved by datasets, or a hub name")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.data.corpus import read_corpus
+from compress.data.everyday import everyday
 from compress.errors import DataError, nearest
 from compress.progress import say
 from compress.tasks import HUB_NAME, first_line
@@ -101,7 +102,7 @@ def read(source: str, query: Query) -> tuple[list[Row], tuple[str, ...] | None]:
     names = None
     if source == "builtin":
         records: Iterator[tuple[str, Mapping[str, Any]]] = (
-            (f"builtin:{number}", {"text": text}) for number, text in enumerate(read_corpus(), 1)
+            (f"builtin:{number}", {"text": text}) for number, text in enumerate((*read_corpus(), *everyday()), 1)
         )
     elif is_dataset(source):
         records, names = open_dataset(source, query)
