@@ -77,18 +77,21 @@ class _Sums:
 
     def __init__(self) -> None:
         self.count = 0
-        self.gram: Tensor | float = 0.0
-        self.total: Tensor | float = 0.0
+        self.gram: Tensor
+        self.total: Tensor
 
     def add_(self, rows: Tensor) -> None:
+        if not self.count:
+            self.gram = rows.new_zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
+            self.total = rows.new_zeros(rows.shape[1], dtype=torch.float64)
         self.count += len(rows)
-        self.gram = (rows.T @ rows).double().add_(self.gram)
-        self.total = rows.sum(0, dtype=torch.float64).add_(self.total)
+        self.gram += rows.T @ rows
+        self.total += rows.sum(0, dtype=torch.float64)
 
     def facts(self, name: str) -> dict[str, Any]:
         if not self.count:
             raise DataError(f"no calibration token has reached '{name}'; expected at least one batch with text")
-        gram, mean = torch.as_tensor(self.gram) / self.count, torch.as_tensor(self.total) / self.count
+        gram, mean = self.gram / self.count, self.total / self.count
         if not (gram.isfinite().all() and mean.isfinite().all()):
             raise DataError(f"the inputs of '{name}' are not finite on the calibration text")
         return {f"{name}.gram": gram.float(), f"{name}.mean": mean.float(), f"{name}.count": self.count}

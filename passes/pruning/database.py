@@ -61,8 +61,9 @@ class Fit:
         if gram is None or mean is None or len(gram) != inputs:
             met = "nothing" if gram is None else f"{len(gram)} inputs"
             raise DataError(f"the statistics hold {met} for '{site.module}'; expected {inputs} inputs: calibrate anew")
-        gram, mean = gram.to(weight.device).double(), mean.to(weight.device).double()
-        return (gram - mean.outer(mean) if biased else gram), mean
+        mean = mean.to(weight.device, torch.float64)
+        gram = gram.to(weight.device, torch.float64, copy=True)
+        return (gram.addr_(mean, mean, alpha=-1) if biased else gram), mean
 
     def refit_(self, model: PreTrainedModel, site: Site, kept: Tensor) -> None:
         """Change, in place, the weights that read the inputs `kept`, and the bias, to make up for the other inputs."""

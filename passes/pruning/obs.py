@@ -72,7 +72,7 @@ def least_squares(weight: Tensor, gram: Tensor, kept: Tensor, damping: float = 0
 
 def _damped(gram: Tensor, damping: float) -> Tensor:
     """The Gram matrix in float64, its diagonal raised by `damping` of its mean; inputs never seen get a one."""
-    damped = gram.double().clone()
+    damped = gram.to(torch.float64, copy=True)
     diagonal = damped.diagonal()
     dead = diagonal == 0
     diagonal += damping * diagonal.mean()
