@@ -8,7 +8,7 @@ is imported while transformers itself still is, so nothing at its top may need w
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
@@ -18,13 +18,17 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from compress.errors import LayoutError
 from compress.families import dense_layout
 from compress.layout import RECORD, VERSION, prefix_of
+from compress.linear import linearise
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 class HfCompressConfig(QuantizationConfigMixin):
-    """The record of cuts while a model is loaded: `sizes` of the cut axes, and the origins of the `blocks` left."""
+    """The record of cuts while a model is loaded: `sizes` of the cut axes, and the origins of the `blocks` left.
+
+    `linear` names the axes for which a Linear stands; a model that has had none lacks the entry.
+    """
 
     def __init__(
         self,
@@ -32,6 +36,7 @@ class HfCompressConfig(QuantizationConfigMixin):
         blocks: Mapping[str, list[int]] | None = None,
         version: int = VERSION,
         quant_method: str = RECORD,
+        linear: Sequence[str] | None = None,
     ) -> None:
         if version != VERSION:
             raise LayoutError(
@@ -41,6 +46,8 @@ class HfCompressConfig(QuantizationConfigMixin):
         self.version = version
         self.sizes = dict(sizes or {})
         self.blocks = dict(blocks or {})
+        if linear is not None:
+            self.linear = list(linear)
 
 
 class HfCompressQuantizer(HfQuantizer):
@@ -56,8 +63,11 @@ class HfCompressQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         record = self.quantization_config.to_dict()
+        linear = record.pop("linear", [])
         model.config.quantization_config = copy.deepcopy(record)
         layout, prefix = dense_layout(model), prefix_of(model)
+        for name in linear:
+            layout = linearise(model, layout, prefix + name)
         for name, size in record["sizes"].items():
             layout = layout.cut(model, prefix + name, range(size))
 

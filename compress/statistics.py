@@ -28,7 +28,7 @@ def moments(model: PreTrainedModel, modules: Sequence[str], batches: Batches) ->
     mask: Tensor | None = None
 
     def reading(sum_: _Sums) -> Any:
-        return lambda module, inputs: sum_.add_(_tokens(inputs[0].detach(), mask))
+        return lambda module, inputs: sum_.add_(real_tokens(inputs[0].detach(), mask))
 
     with ExitStack() as hooks, frozen(model):
         for name, sum_ in sums.items():
@@ -64,7 +64,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def _tokens(inputs: Tensor, mask: Tensor | None) -> Tensor:
+def real_tokens(inputs: Tensor, mask: Tensor | None) -> Tensor:
     """The inputs (tokens, in) of all tokens but padding; a mask of another length belongs to another stack."""
     rows = inputs.flatten(end_dim=-2).float()
     if mask is None or mask.dim() != 2 or mask.numel() != len(rows):

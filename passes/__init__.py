@@ -5,12 +5,14 @@ from passes.distillation.distill import Distill
 from passes.distillation.finetune import Finetune
 from passes.pruning.calibrate import Calibrate
 from passes.pruning.prune import Prune
+from passes.pruning.puzzle import Puzzle
 from passes.pruning.ziplm import ZipLM
 
 PASSES: dict[str, type[Pass]] = {
     "calibrate": Calibrate,
     "ziplm": ZipLM,
     "prune": Prune,
+    "puzzle": Puzzle,
     "distill": Distill,
     "finetune": Finetune,
 }

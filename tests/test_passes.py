@@ -19,6 +19,10 @@ from tests.paper import Paper, state_of
 WAYS: dict[str, list[dict]] = {
     "ziplm": [{"speedups": [1.3], "prior": "relative"}],
     "prune": [{"speedups": [1.3], "prior": "relative"}],
+    "puzzle": [
+        {"parameters": 0.8, "samples": 8, "attention": [0.5, "linear", "none"], "ffn": [0.5, "linear", "none"]},
+        {"speedups": [1.3], "samples": 8, "attention": [0.5, "linear"], "ffn": [0.5, "linear"], "local_steps": 1},
+    ],
 }
 CASES = [(step, index, name) for step, ways in WAYS.items() for index in range(len(ways)) for name in TINY]
 DECODING = [case for case in CASES if case[2] in GENERATING]

@@ -46,7 +46,7 @@ def measured_losses(
             for size in sizes:
                 with restored(model, [site.module for site in axis.readers]):
                     silence_(model, layout, name, curve.kept(size), fit)
-                    errors.append(_error(model, batches, dense))
+                    errors.append(relative_error(model, batches, dense))
             losses[name] = follow(curve.relative, axis.units - np.array(sizes), np.array(errors))
     return losses
 
@@ -60,16 +60,24 @@ def follow(curve: np.ndarray, places: np.ndarray, errors: np.ndarray) -> np.ndar
     return np.where(curve > 0, np.exp(bent), 0.0)
 
 
-def _error(model: PreTrainedModel, batches: Sequence[dict[str, Tensor]], dense: Sequence[Tensor]) -> float:
+def relative_error(model: PreTrainedModel, batches: Sequence[dict[str, Tensor]], dense: Sequence[Tensor]) -> float:
     """Squared change of the last hidden states relative to their own square, meaned over tokens but padding."""
     total, count = 0.0, 0
     for batch, before in zip(batches, dense, strict=True):
-        change = (run_body(model, batch) - before).square().sum(-1) / before.square().sum(-1).clamp(min=TINY)
-        mask = batch.get("attention_mask")
-        if mask is not None and mask.shape == change.shape:
-            change = change[mask.to(change.device).bool()]
+        change = relative_change(before, run_body(model, batch), batch.get("attention_mask"))
         total, count = total + float(change.sum()), count + change.numel()
     return total / max(count, 1)
+
+
+def relative_change(before: Tensor, after: Tensor, mask: Tensor | None) -> Tensor:
+    """Squared change of states (batch, tokens, hidden) relative to their own square, (tokens,) for all but padding.
+
+    A mask of another shape than (batch, tokens) belongs to another stack, and all tokens count.
+    """
+    change = (after - before).square().sum(-1) / before.square().sum(-1).clamp(min=TINY)
+    if mask is not None and mask.shape == change.shape:
+        return change[mask.to(change.device).bool()]
+    return change.flatten()
 
 
 @contextmanager

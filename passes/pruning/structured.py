@@ -23,6 +23,20 @@ if TYPE_CHECKING:
 SENSITIVITY_SAMPLES = 64
 
 
+def distinct(speedups: tuple[float, ...] | None) -> tuple[float, ...] | None:
+    """Refuse a speed-up that is listed twice."""
+    given = speedups or ()
+    repeated = sorted({f"{speedup:g}" for speedup in given if given.count(speedup) > 1})
+    if repeated:
+        raise ValueError(f"{', '.join(repeated)} is listed more than once; expected each speed-up once")
+    return speedups
+
+
+def named_after(speedups: Sequence[float]) -> tuple[str, ...]:
+    """Names of the branches of several speed-ups; a single one goes on under the name it had."""
+    return tuple(f"{speedup:g}x" for speedup in speedups) if len(speedups) > 1 else ("",)
+
+
 class StructuredPruning(Pass):
     """Cut heads and columns until the model is `speedups` times faster than the dense one, as measured on the target.
 
@@ -42,18 +56,12 @@ class StructuredPruning(Pass):
     max_corrections: int = Field(default=3, ge=0)
     tolerance: float = Field(default=0.01, ge=0, lt=1)
 
-    @field_validator("speedups")
-    @classmethod
-    def _distinct(cls, speedups: tuple[float, ...]) -> tuple[float, ...]:
-        repeated = sorted({f"{speedup:g}" for speedup in speedups if speedups.count(speedup) > 1})
-        if repeated:
-            raise ValueError(f"{', '.join(repeated)} is listed more than once; expected each speed-up once")
-        return speedups
+    _distinct = field_validator("speedups")(distinct)
 
     @property
     def branches(self) -> tuple[str, ...]:
         """One model per speed-up, named after it where there are several."""
-        return tuple(f"{speedup:g}x" for speedup in self.speedups) if len(self.speedups) > 1 else ("",)
+        return named_after(self.speedups)
 
     def curves(self, state: State, axes: Sequence[Axis]) -> tuple[dict[str, Curve], Fit | None]:
         """The curve of each axis by name, and how the weights that stay are refitted, if they are."""
@@ -75,12 +83,12 @@ class StructuredPruning(Pass):
         curves, fit = self.curves(state, axes)
         menu = _menu(state, axes, self.losses(state, curves, fit))
         as_dense = state.layout == layout_of(state.dense.model)
-        dense, present = _timed(state, None if as_dense else state)
+        dense, present = timed(state, None if as_dense else state)
 
         def trial(sizes: Sizes) -> Ratio:
             from compress.measure import speedup
 
-            return speedup(*_timed(state, cut_to(state, curves, sizes, fit)))
+            return speedup(*timed(state, cut_to(state, curves, sizes, fit)))
 
         for faster in self.speedups:
             promise = pursue(
@@ -122,7 +130,7 @@ def _menu(state: State, axes: Sequence[Axis], losses: Mapping[str, np.ndarray]) 
     return Menu(sizes, {axis.name: losses[axis.name][axis.units - np.array(sizes[axis.name])] for axis in axes}, times)
 
 
-def _timed(state: State, other: State | None) -> tuple[Timing, Timing]:
+def timed(state: State, other: State | None) -> tuple[Timing, Timing]:
     """Time the dense model and another in turn; without another, the dense model stands for both."""
     from compress.measure import measure
 
