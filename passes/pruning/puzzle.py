@@ -83,8 +83,10 @@ class Puzzle(Pass):
         """Yield the models chosen; figures tell each sub-block's variant, all scores and what stays of each budget."""
         from passes.pruning.calibrate import calibration
         from passes.pruning.local import library
-        from passes.pruning.replacement import replacement_scores
+        from passes.pruning.replacement import cached_tokens, replacement_scores
 
+        if self.memory is not None:
+            cached_tokens(state)  # a model without a cache is refused before the long work
         batches = list(calibration(state.data, self.samples, self.batch_size))
         offers = {"heads": self.attention, "columns": self.ffn}
         made = library(state, offers, batches, self.local_steps, self.learning_rate)

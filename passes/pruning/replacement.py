@@ -81,13 +81,8 @@ def counted(model: PreTrainedModel) -> int:
 
 
 def cache(state: State, variants: Variants) -> dict[str, np.ndarray]:
-    """For each axis the share of the key-value cache, at the target's shape, that its variants (variants,) leave.
-
-    Raises LayoutError where the model keeps no cache.
-    """
+    """For each axis the share of the key-value cache, at the target's shape, that its variants (variants,) leave."""
     tokens = cached_tokens(state)
-    if not tokens:
-        raise LayoutError(f"memory: a model of type '{state.model.config.model_type}' keeps no key-value cache by axes")
     taken = {}
     for name, row in variants.items():
         axis = state.layout.axis(name)
@@ -99,15 +94,23 @@ def cache(state: State, variants: Variants) -> dict[str, np.ndarray]:
 
 
 def cached_tokens(state: State) -> dict[str, int]:
-    """How many tokens the cache holds of each axis of heads, at the target's sequence; a sliding window bounds them."""
+    """How many tokens the cache holds of each axis of heads, at the target's sequence; a sliding window bounds them.
+
+    Raises LayoutError where the model keeps no cache, or all heads in one axis.
+    """
     window = getattr(state.model.config.get_text_config(), "sliding_window", None) or state.target.sequence
     within = min(window, state.target.sequence)
-    return {
+    tokens = {
         name: within if kind.startswith("sliding") else state.target.sequence
         for stack in state.layout.stacks.values()
         for index, kind in enumerate(stack.caches)
         if (name := f"{stack.module}.{index}.heads") in state.layout.axes
     }
+    if not tokens:
+        raise LayoutError(
+            f"memory: a model of type '{state.model.config.model_type}' keeps no key-value cache by block"
+        )
+    return tokens
 
 
 def shares(amounts: Mapping[str, np.ndarray], whole: float) -> dict[str, np.ndarray]:
