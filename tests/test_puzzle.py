@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from compress import checkpoint
-from compress.errors import LayoutError, TargetError
+from compress.errors import DataError, LayoutError, TargetError
 from compress.families import layout_of
 from compress.latency import Curve, Table
 from compress.layout import record_of
@@ -217,6 +217,27 @@ def test_the_parent_scores_nothing_and_others_something(state):
         assert (row[:-1] > 0).all(), name
     whole = [variants[-1] for variants in made.variants.values()]
     assert all(variant.name == "whole" for variant in whole)
+
+
+def test_variants_are_scored_by_texts_they_were_not_made_from(state, monkeypatch):
+    met = {}
+
+    def spy(name, function):
+        def called(state, first, batches, *rest):
+            met[name] = batches
+            return function(state, first, batches, *rest)
+
+        return called
+
+    monkeypatch.setattr("passes.pruning.local.library", spy("made", library))
+    monkeypatch.setattr("passes.pruning.replacement.replacement_scores", spy("scored", replacement_scores))
+    list(PASSES["puzzle"](**{**FEW, "samples": 24}, parameters=0.9).run(state))
+    rows = {name: {tuple(row.tolist()) for batch in met[name] for row in batch["input_ids"]} for name in met}
+    assert [len(rows[name]) for name in ("made", "scored")] == [16, 8]
+    assert not rows["made"] & rows["scored"]
+    state.data.rows = 1
+    with pytest.raises(DataError, match="expected two"):
+        list(PASSES["puzzle"](**FEW, parameters=0.9).run(state))
 
 
 @pytest.mark.parametrize("share", [0.9, 0.75, 0.5])

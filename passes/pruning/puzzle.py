@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from compress.contract import TEACHER, Fact, Part, Pass
+from compress.errors import DataError
 from passes.pruning.structured import distinct, named_after
 
 if TYPE_CHECKING:
@@ -52,7 +53,9 @@ class Puzzle(Pass):
     alpha: float = Field(default=0.8, ge=0, lt=1, description="share of sub-blocks that two solutions may have alike")
     local_steps: int = Field(default=0, ge=0, description="steps of local distillation of each variant; 0: none")
     learning_rate: float = Field(default=3e-4, gt=0, description="of Adam in local distillation")
-    samples: int = Field(default=64, ge=1, description="texts of the calibration split to fit, teach and score by")
+    samples: int = Field(
+        default=64, ge=2, description="calibration texts: one half to make variants from, one to score them by"
+    )
     batch_size: int = Field(default=8, ge=1, description="texts at once")
     max_corrections: int = Field(default=3, ge=0, description="further models built and measured to meet a speed-up")
     tolerance: float = Field(default=0.01, ge=0, lt=1, description="share above the promised speed-up that is aimed at")
@@ -87,10 +90,13 @@ class Puzzle(Pass):
 
         if self.memory is not None:
             cached_tokens(state)  # a model without a cache is refused before the long work
-        batches = list(calibration(state.data, self.samples, self.batch_size))
+        batches = list(calibration(state.data, self.samples, min(self.batch_size, (self.samples + 1) // 2)))
+        seen, unseen = batches[::2], batches[1::2]  # a fit looks too good on the very texts it was made from
+        if not unseen:
+            raise DataError("puzzle makes variants from some calibration texts and scores them by others; expected two")
         offers = {"heads": self.attention, "columns": self.ffn}
-        made = library(state, offers, batches, self.local_steps, self.learning_rate)
-        scores = replacement_scores(state, made.variants, batches)
+        made = library(state, offers, seen, self.local_steps, self.learning_rate)
+        scores = replacement_scores(state, made.variants, unseen)
         search = self._search(state, made, scores)
         told = {"scores": made.told(scores), "local_losses": made.told(made.losses), "skipped": made.skipped}
         for choice, figures in self._choices(state, made, search):
