@@ -1,4 +1,7 @@
-"""What stands where a module lost its last unit: nothing is computed there, and at most a bias is left."""
+"""What stands where a module lost its last unit: nothing is computed there, and at most a bias is left.
+
+Where one Linear was to stand for the module, it has the place of the `Constant` (`compress.linear`).
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ class Constant(nn.Module):
 
 
 class Absent(nn.Module):
-    """Stands where a module lost its last unit; gives the reader's constant, or the input where the reader is outside.
+    """Stands where a module lost its last unit; gives what the reader gives, or the input where the reader is outside.
 
     The reader keeps its name, so that its bias keeps its key in the checkpoint.
     """

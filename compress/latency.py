@@ -108,17 +108,22 @@ def table(model: PreTrainedModel, layout: Layout, target: Target, inputs: Mappin
 
 
 def levels(axis: Axis) -> list[int]:
-    """Sizes to offer, rising: every count of heads, or about `SHRINK` from one to the next on round numbers.
-
-    Widths off the steps of 8 to 64 that matrix kernels work in cost as much as the next step.
-    """
+    """Sizes to offer, rising: every count of heads, or about `SHRINK` from one to the next on round numbers."""
     if axis.kind == "heads":
         return sorted({axis.units, *range(axis.least, axis.units + 1)})
-    step = next((step for step in (64, 32, 16, 8) if axis.units >= 32 * step), 1)
+    step = step_of(axis.units)
     found, size = {axis.least, axis.units}, float(axis.units)
     while (size := size * SHRINK) >= step:
         found.add(max(axis.least, int(size) // step * step))
     return sorted(found)
+
+
+def step_of(columns: int) -> int:
+    """The step, of 8 to 64, that sizes of so many columns should lie on, or 1 where there are few.
+
+    Matrix kernels work in such steps, and a width off them costs as much as the next step.
+    """
+    return next((step for step in (64, 32, 16, 8) if columns >= 32 * step), 1)
 
 
 def thinned(sizes: Sequence[int], most: int) -> list[int]:

@@ -167,6 +167,9 @@ class Layout:
         sizes = {_rename(name, plain, order): size for name, size in record["sizes"].items()}
         record["sizes"] = {name: size for name, size in sizes.items() if name is not None}
         follow_drop_(model, record, lambda name: _rename(name, plain, order))
+        if "linear" in record:
+            renamed = [_rename(name, plain, order) for name in record["linear"]]
+            record["linear"] = [name for name in renamed if name is not None]
         return Layout({axis.name: axis for axis in axes}, stacks)
 
 
@@ -180,7 +183,10 @@ def prefix_of(model: PreTrainedModel) -> str:
 
 
 def record_of(config: Any) -> dict[str, Any]:
-    """The record of cuts in a config: sizes of the cut axes and, per stack, the original index of each block."""
+    """The record of cuts in a config: sizes of the cut axes and, per stack, the original index of each block.
+
+    `linear`, where there is one, names the axes for which a Linear stands.
+    """
     entry = getattr(config, "quantization_config", None)
     entry = entry if isinstance(entry, dict) or entry is None else entry.to_dict()  # an object while a model is loaded
     return entry if entry and entry.get("quant_method") == RECORD else _blank(config)

@@ -8,7 +8,7 @@ is imported while transformers itself still is, so nothing at its top may need w
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
@@ -18,6 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from compress.errors import LayoutError
 from compress.families import dense_layout
 from compress.layout import RECORD, VERSION, own_record, prefix_of
+from compress.linear import linearise
 from compress.sharing import cure_, hollow_, tie_
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class HfCompressConfig(QuantizationConfigMixin):
     """The record of cuts while a model is loaded: `sizes` of the cut axes, and the origins of the `blocks` left.
 
     Where blocks were folded, also which of them are `shared` and `cured`; `compress.sharing` tells of both.
+    `linear` names the axes for which a Linear stands; a model that has had none lacks the entry.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class HfCompressConfig(QuantizationConfigMixin):
         quant_method: str = RECORD,
         shared: Mapping[str, str] | None = None,
         cured: Mapping[str, int] | None = None,
+        linear: Sequence[str] | None = None,
     ) -> None:
         if version != VERSION:
             raise LayoutError(
@@ -51,6 +54,8 @@ class HfCompressConfig(QuantizationConfigMixin):
             self.shared = dict(shared)
         if cured:
             self.cured = dict(cured)
+        if linear is not None:
+            self.linear = list(linear)
 
 
 class HfCompressQuantizer(HfQuantizer):
@@ -67,8 +72,11 @@ class HfCompressQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         record = self.quantization_config.to_dict()
         shared, cured = record.pop("shared", {}), record.pop("cured", {})
+        linear = record.pop("linear", [])
         model.config.quantization_config = copy.deepcopy(record)
         layout, prefix = dense_layout(model), prefix_of(model)
+        for name in linear:
+            layout = linearise(model, layout, prefix + name)
         for name, size in record["sizes"].items():
             layout = layout.cut(model, prefix + name, range(size))
         cure_(model, own_record(model), cured)

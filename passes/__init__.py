@@ -9,6 +9,7 @@ from passes.pruning.fold import Fold
 from passes.pruning.minitron import Minitron
 from passes.pruning.optin import Optin
 from passes.pruning.prune import Prune
+from passes.pruning.puzzle import Puzzle
 from passes.pruning.vocabulary import Vocabulary
 from passes.pruning.ziplm import ZipLM
 
@@ -21,6 +22,7 @@ PASSES: dict[str, type[Pass]] = {
     "fold": Fold,
     "vocabulary": Vocabulary,
     "minitron": Minitron,
+    "puzzle": Puzzle,
     "distill": Distill,
     "finetune": Finetune,
 }

@@ -39,6 +39,10 @@ WAYS: dict[str, list[dict]] = {
         {"parameters": 0.5, "candidates": 1, "recovery_steps": 0},
         {"columns": 16, "recovery_steps": 0, "rescale": True},
     ],
+    "puzzle": [
+        {"parameters": 0.8, "samples": 8, "attention": [0.5, "linear", "none"], "ffn": [0.5, "linear", "none"]},
+        {"speedups": [1.3], "samples": 8, "attention": [0.5, "linear"], "ffn": [0.5, "linear"], "local_steps": 1},
+    ],
 }
 REFUSALS = {("minitron", "whisper"): "expected one number for all blocks"}  # what a pass says to a family it can't cut
 CASES = [

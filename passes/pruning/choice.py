@@ -68,11 +68,11 @@ class Spdy(Searched):
         """The least summed product of coefficient and loss within the budget."""
         if not self.answers:
             learnt = learn_coefficients(
-                lambda coefficients: self.menu.search(budget, coefficients),
+                lambda coefficients: self.menu.weighted(coefficients).search(budget),
                 self.fitness, len(self.menu.sizes), self.length, self.seed,
             )  # fmt: skip
             self.answers.append(learnt)
-        return self.menu.search(budget, self.answers[0].value)
+        return self.menu.weighted(self.answers[0].value).search(budget)
 
     def figures(self, sizes: Sizes) -> dict[str, Any]:
         """The coefficients as well."""

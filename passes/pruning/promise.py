@@ -7,7 +7,7 @@ table doesn't explain is measured after every attempt and taken off the next one
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,16 +29,16 @@ class Menu:
     losses: Mapping[str, np.ndarray]
     times: Mapping[str, np.ndarray]
 
-    def search(self, budget: float, coefficients: Sequence[float] | np.ndarray | None = None) -> Sizes:
-        """The sizes of least summed loss that take at most `budget` milliseconds; raises TargetError if none do.
-
-        `coefficients` (axes,) multiply the losses.
-        """
+    def search(self, budget: float) -> Sizes:
+        """The sizes of least summed loss that take at most `budget` milliseconds; raises TargetError if none do."""
         names = list(self.sizes)
-        weights = np.ones(len(names)) if coefficients is None else coefficients
-        losses = [weight * self.losses[name] for name, weight in zip(names, weights, strict=True)]
-        options = solve(losses, [self.times[name] for name in names], budget)
+        options = solve([self.losses[name] for name in names], [self.times[name] for name in names], budget)
         return {name: self.sizes[name][option] for name, option in zip(names, options, strict=True)}
+
+    def weighted(self, coefficients: Sequence[float] | np.ndarray) -> Menu:
+        """The menu with the losses of each axis multiplied by its coefficient (axes,)."""
+        weights = zip(self.sizes, coefficients, strict=True)
+        return replace(self, losses={name: weight * self.losses[name] for name, weight in weights})
 
     def uniform(self, budget: float) -> Sizes:
         """The largest share, kept alike of every axis, that takes at most `budget` milliseconds; or TargetError."""

@@ -118,7 +118,6 @@ class StructuredPruning(Pass):
 
     def run(self, state: State) -> Iterator[State]:
         """Yield one cut model per speed-up; its figures tell what was promised, predicted and measured."""
-        from compress.families import layout_of
         from passes.pruning.database import cut_to
         from passes.pruning.promise import pursue
 
@@ -127,8 +126,7 @@ class StructuredPruning(Pass):
             raise LayoutError(f"nothing of kind {' or '.join(self.kinds)} is left to cut in this model")
         curves, fit = self.curves(state, axes)
         menu, fitness = _menu(state, axes, self.losses(state, curves, fit)), self.fitness(state, curves, fit)
-        as_dense = state.layout == layout_of(state.dense.model) and VOCABULARY.name not in state.facts
-        dense, present = timed(state, None if as_dense else state)
+        dense, present = timed_as_given(state)
 
         def trial(sizes: Sizes) -> Ratio:
             from compress.measure import speedup
@@ -200,6 +198,14 @@ def _form(axis: Axis) -> tuple[object, ...]:
     """What two axes have in common if one is the other cut: all but the units, if its time is its own."""
     its_own = axis.kind in ("heads", "columns")  # the time of any other width is spread over all that it runs through
     return axis.kind, None if its_own else axis.units, [(site.dim, site.width) for site in axis.sites]
+
+
+def timed_as_given(state: State) -> tuple[Timing, Timing]:
+    """Time the dense model and the one that a pass was given, which may be the dense one still."""
+    from compress.families import layout_of
+
+    as_dense = state.layout == layout_of(state.dense.model) and VOCABULARY.name not in state.facts
+    return timed(state, None if as_dense else state)
 
 
 def timed(state: State, other: State | None) -> tuple[Timing, Timing]:
