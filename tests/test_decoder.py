@@ -9,10 +9,13 @@ import numpy as np
 import onnx_ir
 import pytest
 import torch
+from transformers import DynamicCache
 
-from compress import measure
+from compress import latency, measure
 from compress.errors import ExportError, TargetError
 from compress.families import layout_of
+from compress.latency import table
+from compress.parts import captured, cut, part
 from compress.runtimes import RUNTIMES, open_artifact
 from compress.target import Target
 from compress.tasks import TASKS
@@ -25,7 +28,7 @@ QUICK = ("llama", "gpt2")
 FAMILIES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in DECODERS]
 
 
-def cut(name, **entries):
+def uneven(name, **entries):
     """A tiny decoder whose layers differ: fewer heads in the first, none in the second where it may have none."""
     model = TINY[name].build(**entries)
     layout = layout_of(model)
@@ -44,7 +47,7 @@ def exported(model, folder, **options):
 @pytest.fixture(scope="module", params=FAMILIES)
 def artifact(request, tmp_path_factory):
     """A cut decoder with its graph: the exporter has compared what both generate."""
-    model, folder = cut(request.param), tmp_path_factory.mktemp(request.param) / "onnx"
+    model, folder = uneven(request.param), tmp_path_factory.mktemp(request.param) / "onnx"
     return model, exported(model, folder), folder
 
 
@@ -121,3 +124,41 @@ def test_models_without_a_cache_are_refused(tmp_path):
         "generate: 2 tokens asked of a model for fill-mask; expected null, or task text-generation"
     ]
     assert Target(generate=2).problems("text-generation") == []
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_cut_block_makes_a_cache_of_its_own(name):
+    model = TINY[name].build()
+    layout = layout_of(model)
+    block = next(axis.block for axis in layout.axes.values() if axis.kind == "heads")
+    inputs = TINY[name].example(1, 9)
+    cache = DynamicCache()
+    before = captured(model, {block}, inputs, cache)[block]
+    one = {"input_ids": inputs["input_ids"][:, :1], "attention_mask": torch.ones(1, 10, dtype=torch.long)}
+    after = captured(model, {block}, one, cache)[block]
+    for heads in (3, 1):
+        module = cut(model, layout, block, {f"{block}.heads": heads})
+        step = part(module, after, before)
+        keys, values = step.inputs[-2:]
+        assert keys.shape[1:3] == values.shape[1:3] == (heads, 9)
+        longer = step(*step.inputs)[-2]
+        assert torch.equal(longer[:, :, :9], keys)
+        assert longer.shape[2] == 10
+        assert part(module, before).inputs[-1].shape[2] == 0
+
+
+@pytest.mark.parametrize("runtime", ["torch", pytest.param("onnxruntime", marks=pytest.mark.slow)])
+def test_a_table_tells_the_time_of_requests(runtime, tmp_path, monkeypatch):
+    monkeypatch.setattr(latency, "SECONDS", 0.1)
+    monkeypatch.setattr(latency, "MOST_MEASURED", 2)
+    monkeypatch.setattr(latency, "MOST_HEADS", 2)
+    model = uneven("gpt2")
+    layout, target = layout_of(model), Target(runtime=runtime, sequence=6, generate=9)
+    inputs = TINY["gpt2"].example(1, 6)
+    times = table(model, layout, target, inputs, tmp_path)
+    assert times.curves.keys() == {axis.name for axis in layout.axes.values() if axis.units}
+    (_, prompt, none), (count, after, before) = latency._requests(model, layout, target, inputs)
+    assert (count, none) == (8, None)
+    for block, call in after.items():
+        assert (prompt[block].tensors[0].shape[1], call.tensors[0].shape[1]) == (6, 1)
+        assert before[block].tensors[0].shape[1] == 6 + 4

@@ -48,7 +48,7 @@ class TorchSession(Session):
         import torch
 
         taken = inspect.signature(self.model.forward).parameters
-        if "past_key_values" not in taken or self.model.config.is_encoder_decoder:
+        if self.model.config.is_encoder_decoder or not self.model.can_generate():
             raise TargetError(f"torch: {type(self.model).__name__} has no key-value cache to generate with")
         last = {"logits_to_keep": 1} if "logits_to_keep" in taken else {}
         new, cache, tokens = torch.as_tensor(prompt).to(self.model.device), None, []
