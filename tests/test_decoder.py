@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,12 +16,17 @@ from compress import latency, measure
 from compress.errors import ExportError, TargetError
 from compress.families import layout_of
 from compress.latency import table
+from compress.outcome import _told
 from compress.parts import captured, cut, part
+from compress.report import wording
+from compress.report.schema import Measured
 from compress.runtimes import RUNTIMES, open_artifact
 from compress.target import Target
 from compress.tasks import TASKS
 from exporters import EXPORTERS
+from passes import PASSES
 from tests.conftest import TINY
+from tests.paper import state_of
 
 ONNX = RUNTIMES["onnxruntime"]
 DECODERS = tuple(name for name, tiny in TINY.items() if "Causal" in tiny.auto)
@@ -162,3 +168,31 @@ def test_a_table_tells_the_time_of_requests(runtime, tmp_path, monkeypatch):
     for block, call in after.items():
         assert (prompt[block].tensors[0].shape[1], call.tensors[0].shape[1]) == (6, 1)
         assert before[block].tensors[0].shape[1] == 6 + 4
+
+
+def test_reports_tell_tokens_a_second():
+    timing = measure.Timing.of([400.0] * 10)
+    told = _told(timing, Target(generate=20, batch=3))
+    assert told["tokens_per_second"] == 150.0
+    assert wording.took(Measured(**told)) == "400 ms, 150 tokens/s"
+    assert wording.took(Measured(**_told(timing, Target()))) == "400 ms"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_a_pass_shortens_requests(runtime, tmp_path, monkeypatch):
+    monkeypatch.setattr(latency, "SECONDS", 0.5)
+    monkeypatch.setattr(latency, "MOST_MEASURED", 3)
+    monkeypatch.setattr(measure, "measure", partial(measure.measure, seconds=0.5))
+    state = state_of(TINY["gpt2"], tmp_path)
+    state.target = Target(runtime=runtime, sequence=6, generate=9)
+    (cut_model,) = PASSES["prune"](speedups=[1.0], prior="relative", max_corrections=0).run(state)
+    assert cut_model.figures["measured"] > 0
+    assert set(cut_model.figures["sizes"]) == set(state.layout.axes)
+
+
+def test_texts_longer_than_the_model_takes_are_refused(tmp_path):
+    state = state_of(TINY["gpt2"], tmp_path)
+    state.target = Target(runtime="torch", sequence=30, generate=11)
+    with pytest.raises(TargetError, match="make 41 tokens; this model takes 40 at most"):
+        state.dense_artifact()
