@@ -78,6 +78,7 @@ def bench(
     threads: Annotated[int, typer.Option(min=1)] = 1,
     batch: Annotated[int, typer.Option(min=1)] = 1,
     sequence: Annotated[int, typer.Option(min=1)] = 128,
+    generate: Annotated[int | None, typer.Option(min=1, help="Time requests for so many tokens, with a cache.")] = None,
 ) -> None:
     """Time artifacts against each other.
 
@@ -89,12 +90,15 @@ def bench(
     paths = list(dict.fromkeys([against, *artifacts] if against else artifacts))
     if missing := [str(path) for path in paths if not path.exists()]:
         raise CompressError(f"bench: {', '.join(missing)} does not exist; expected an ONNX file or a model folder")
-    timings = measure(paths, Target(threads=threads, batch=batch, sequence=sequence))
+    target = Target(threads=threads, batch=batch, sequence=sequence, generate=generate)
+    timings = measure(paths, target)
     width = max(len(str(path)) for path in paths)
     for path, timing in zip(paths, timings, strict=True):
         ratio, low, high = speedup(timings[0], timing)
+        rate = target.tokens_per_second(timing.milliseconds)
+        told = f"{timing.milliseconds:9.3f} ms  " + ("" if rate is None else f"{rate:8.1f} tokens/s  ")
         typer.echo(
-            f"{path!s:<{width}}  {timing.milliseconds:9.3f} ms  {ratio:6.3f}x  (95 %: {low:.3f}..{high:.3f})"
+            f"{path!s:<{width}}  {told}{ratio:6.3f}x  (95 %: {low:.3f}..{high:.3f})"
             f"{'  clock too coarse for this' if timing.quantised else ''}"
         )
 

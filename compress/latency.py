@@ -4,40 +4,42 @@ One block of each shape is copied out of the model, called as the model calls it
 axes while its other axes are at their least; the time over that of the least size is the axis's. All these variants
 are timed against one another in one process, in the target's runtime (`measure.py`), so the table holds differences
 that a whole model is the sum of. An axis that all blocks share is varied in the whole model instead.
+
+Where the target generates, a time is that of the prompt plus as many steps of one token as the target has.
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
-from transformers import PreTrainedModel
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
 
 from compress.errors import LayoutError, nearest
 from compress.layout import Axis, Layout
 from compress.measure import interleave, measure
+from compress.parts import Call, Part, captured, cut, part
 from compress.progress import track
 from compress.runtimes import RUNTIMES
 from compress.runtimes.onnx import OnnxRuntime
-from compress.runtimes.torch import uncached
 from compress.target import Target
 
-VERSION = 2  # raised when the same model on the same machine would be measured otherwise
+VERSION = 3  # raised when the same model on the same machine would be measured otherwise
 SHRINK = 0.9  # each offered size of a feed-forward layer is about this share of the one before
 MOST_MEASURED = 14  # sizes of an axis that are timed; those between are interpolated
 MOST_HEADS = 17
 MOST_SHARED = 5  # for each size of a shared axis the whole model is built
 SECONDS = 15.0
+
+# What a request is made of: how often, the calls of the blocks, and the calls that fill their caches before.
+Requests = Sequence[tuple[float, Mapping[str, Call], Mapping[str, Call] | None]]
 
 
 @dataclass(frozen=True)
@@ -88,9 +90,12 @@ def table(model: PreTrainedModel, layout: Layout, target: Target, inputs: Mappin
     versions, target and shapes are all equal.
     """
     RUNTIMES[target.chosen].require()
-    calls = _captured(model, layout, inputs)
+    requests = _requests(model, layout, target, inputs)
+    calls = requests[0][1]
     alike: dict[str, list[Axis]] = {}
     for axis in layout.axes.values():
+        if not axis.units:  # its modules are gone
+            continue
         alike.setdefault(_signature(model, axis, calls[axis.block]), []).append(axis)
     key = json.dumps([VERSION, target.fingerprint(), sorted(alike)], sort_keys=True)
     file = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
@@ -98,7 +103,7 @@ def table(model: PreTrainedModel, layout: Layout, target: Target, inputs: Mappin
         stored = json.loads(file.read_text())["curves"]
     else:
         leaders = {signature: min(axes, key=lambda axis: axis.least) for signature, axes in alike.items()}
-        curves = _measured(model, layout, target, leaders, calls, folder)
+        curves = _measured(model, layout, target, leaders, requests, folder)
         stored = {signature: asdict(curve) for signature, curve in curves.items()}
         unfinished = file.with_suffix(".unfinished")
         unfinished.write_text(json.dumps({"key": json.loads(key), "curves": stored}, indent=1))
@@ -140,61 +145,24 @@ def _most(axis: Axis) -> int:
     return MOST_HEADS if axis.kind == "heads" else MOST_MEASURED
 
 
-@dataclass(frozen=True)
-class Call:
-    """How a block was called: its arguments' leaves, tensors among them, and the tree they hang on."""
+def _requests(model: PreTrainedModel, layout: Layout, target: Target, inputs: Mapping[str, Tensor]) -> Requests:
+    """The calls of all blocks that make up what the target asks.
 
-    leaves: tuple[Any, ...]
-    tree: Any
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """The leaves that are tensors."""
-        return tuple(leaf for leaf in self.leaves if isinstance(leaf, Tensor))
-
-
-class Part(nn.Module):
-    """A module that takes the tensors of a call by position, and gives those it returns."""
-
-    def __init__(self, module: nn.Module, call: Call) -> None:
-        super().__init__()
-        self.module = module
-        self.call = call
-
-    def forward(self, *tensors: Tensor) -> list[Tensor]:
-        """Put the tensors in their places and call the module."""
-        given = iter(tensors)
-        leaves = [next(given) if isinstance(leaf, Tensor) else leaf for leaf in self.call.leaves]
-        args, kwargs = pytree.tree_unflatten(leaves, self.call.tree)
-        outputs = self.module(*args, **kwargs)
-        return [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
-
-
-def _captured(model: PreTrainedModel, layout: Layout, inputs: Mapping[str, Tensor]) -> dict[str, Call]:
-    """How each block that has axes of its own is called in one call of the model; under "" the call itself."""
-    given = {name: value.clone().to(model.device) for name, value in inputs.items()}
-    if "attention_mask" in given:
-        given["attention_mask"][:, -1:] = 0  # with nothing masked the blocks would be called without a mask
-    calls: dict[str, Call] = {}
-
-    def remember(block: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            leaves, tree = pytree.tree_flatten((args, kwargs))
-            calls[block] = Call(tuple(x.detach().clone() if isinstance(x, Tensor) else x for x in leaves), tree)
-
-        return hook
-
+    Where the target generates, the steps of one token are all timed after a past of middle length, as their times grow
+    by the same with every token.
+    """
     blocks = {axis.block for axis in layout.axes.values()}
-    hooks = [model.get_submodule(b).register_forward_pre_hook(remember(b), with_kwargs=True) for b in sorted(blocks)]
-    was_training = model.training
-    try:
-        with torch.no_grad():
-            model.eval()(**given, **uncached(model))
-    finally:
-        model.train(was_training)
-        for hook in hooks:
-            hook.remove()
-    return calls
+    if target.generate is None:
+        return [(1.0, captured(model, blocks, inputs), None)]
+    steps = target.generate - 1
+    ids = inputs["input_ids"]
+    past = ids.repeat(1, 2 + steps // ids.shape[1])[:, : ids.shape[1] + steps // 2]
+    cache = DynamicCache()
+    before = captured(model, blocks, {"input_ids": past, "attention_mask": torch.ones_like(past)}, cache)
+    mask = torch.ones(len(ids), past.shape[1] + 1, dtype=torch.long)
+    after = captured(model, blocks, {"input_ids": ids[:, :1], "attention_mask": mask}, cache)
+    prompt = captured(model, blocks, inputs, DynamicCache())
+    return [(1.0, prompt, None), (float(steps), after, before)]
 
 
 def _signature(model: PreTrainedModel, axis: Axis, call: Call) -> str:
@@ -214,10 +182,10 @@ def _measured(
     layout: Layout,
     target: Target,
     leaders: Mapping[str, Axis],
-    calls: Mapping[str, Call],
+    requests: Requests,
     folder: Path,
 ) -> dict[str, Curve]:
-    """Build every variant once, time all in turn, and take the differences."""
+    """Build every variant once for each call of a request, time all in turn, and take the differences."""
     wanted = {signature: thinned(levels(axis), _most(axis)) for signature, axis in leaders.items()}
     variants: dict[tuple[str, tuple[tuple[str, int], ...]], int] = {}
 
@@ -232,38 +200,24 @@ def _measured(
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         runtime = RUNTIMES[target.chosen]
-        cut = (_cut(model, layout, block, dict(sizes)) for block, sizes in variants)
-        parts = (Part(part, calls[block]) for part, (block, _) in zip(cut, variants, strict=True))
-        tracked = track(parts, "latency table: building", total=len(variants))
+        parts = (
+            part(module, calls[block], before[block] if before else None)
+            for block, sizes in variants
+            for module in [cut(model, layout, block, dict(sizes))]
+            for _, calls, before in requests
+        )
+        tracked = track(parts, "latency table: building", total=len(variants) * len(requests))
         if isinstance(runtime, OnnxRuntime):
             built = [
-                runtime.build_module(
-                    part.cpu(), [tensor.cpu() for tensor in part.call.tensors], Path(scratch, f"{i}.onnx")
-                )
-                for i, part in enumerate(tracked)
+                runtime.build_module(one.cpu(), [tensor.cpu() for tensor in one.inputs], Path(scratch, f"{i}.onnx"))
+                for i, one in enumerate(tracked)
             ]
-            times = [timing.milliseconds for timing in measure(built, target, seconds=SECONDS)]
+            once = target.model_copy(update={"generate": None})
+            single = [timing.milliseconds for timing in measure(built, once, seconds=SECONDS)]
         else:
-            times = _timed_here(list(tracked), target)
+            single = _timed_here(list(tracked), target)
+        times = np.reshape(single, (-1, len(requests))) @ [count for count, _, _ in requests]
     return {s: Curve.of(wanted[s], [times[i] for i in places[s]], levels(leaders[s])) for s in leaders}
-
-
-def _cut(model: PreTrainedModel, layout: Layout, block: str, sizes: Mapping[str, int]) -> nn.Module:
-    """A copy of a block, or of the model, cut to the given sizes; other blocks are not copied."""
-    if block:
-        shell: Any = nn.Module()
-        shell.config, shell.base_model_prefix = copy.deepcopy(model.config), model.base_model_prefix
-        *parents, leaf = block.split(".")
-        inner = shell
-        for name in parents:
-            inner.add_module(name, nn.Module())
-            inner = inner.get_submodule(name)
-        inner.add_module(leaf, copy.deepcopy(model.get_submodule(block)))
-    else:
-        shell = copy.deepcopy(model)
-    for name, size in sizes.items():
-        layout = layout.cut(shell, name, range(size))
-    return shell.get_submodule(block).eval()
 
 
 def _timed_here(parts: Sequence[Part], target: Target) -> list[float]:
@@ -273,7 +227,7 @@ def _timed_here(parts: Sequence[Part], target: Target) -> list[float]:
 
     def call(part: Part) -> Callable[[], None]:
         part = part.to(target.device)
-        tensors = [tensor.to(target.device) for tensor in part.call.tensors]
+        tensors = [tensor.to(target.device) for tensor in part.inputs]
 
         def run() -> None:
             part(*tensors)

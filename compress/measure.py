@@ -7,6 +7,9 @@ on until the ratios are known to a percent or the time is up. A timed run follow
 in service a model finds its weights in the cache where they fit, and here the others have just thrown them out. Medians
 that snap to the scheduler's ticks are told.
 
+Where the target generates, a run is a whole request, prompt and every token, nothing extrapolated. All but its first
+token find the weights at hand, so it follows no untimed run.
+
 The process, `python -m compress.measure REQUEST ANSWER`, imports only what the artifacts' runtime needs.
 """
 
@@ -21,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -89,7 +93,7 @@ def quantised(times: np.ndarray) -> bool:
 def measure(
     artifacts: Sequence[Path], target: Target, *, seconds: float = 20.0, rounds: int = 2000, seed: int = 0
 ) -> list[Timing]:
-    """Time artifacts of one runtime at the target's batch and sequence; the first is what the others are compared with.
+    """Time artifacts of one runtime on what the target asks; the first is what the others are compared with.
 
     `seconds` bounds the measuring (not the opening), `rounds` the runs of each. Raises TargetError where an artifact
     can't be opened or run, or where two runtimes meet: their thread pools would slow each other.
@@ -127,11 +131,11 @@ def measure(
 
 
 def interleave(
-    calls: Sequence[Callable[[], Any]], *, seconds: float, rounds: int = 2000, seed: int = 0
+    calls: Sequence[Callable[[], Any]], *, seconds: float, rounds: int = 2000, seed: int = 0, warm: bool = True
 ) -> list[list[float]]:
-    """Milliseconds of each call, once a round in shuffled order, each time right after an untimed call."""
+    """Milliseconds of each call, once a round in shuffled order; if `warm`, each time right after an untimed call."""
     for call in calls:
-        for _ in range(WARM_UP):
+        for _ in range(WARM_UP if warm else 1):
             call()
     samples: list[list[float]] = [[] for _ in calls]
     order, shuffle = list(range(len(calls))), random.Random(seed)
@@ -145,7 +149,8 @@ def interleave(
             check *= 2
         shuffle.shuffle(order)
         for index in order:
-            calls[index]()
+            if warm:
+                calls[index]()
             start = time.perf_counter()
             calls[index]()
             samples[index].append((time.perf_counter() - start) * 1e3)
@@ -193,11 +198,18 @@ def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
         sessions = [open_artifact(Path(path), target) for path in request["artifacts"]]
     except CompressError as error:
         return {"error": str(error)}
-    calls = []
+    calls: list[Callable[[], Any]] = []
     for session in sessions:
         inputs = session.example(target.batch, target.sequence)
-        calls.append(lambda session=session, inputs=inputs: session(inputs))
-    return {"samples": interleave(calls, **{name: request[name] for name in ("seconds", "rounds", "seed")})}
+        if target.generate is None:
+            calls.append(partial(session, inputs))
+        else:
+            calls.append(partial(session.generate, inputs["input_ids"], target.generate))
+    bounds = {name: request[name] for name in ("seconds", "rounds", "seed")}
+    try:
+        return {"samples": interleave(calls, **bounds, warm=target.generate is None)}
+    except CompressError as error:
+        return {"error": str(error)}
 
 
 if __name__ == "__main__":

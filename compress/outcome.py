@@ -25,7 +25,7 @@ from compress.runner import Run, digest, remembered
 from compress.runtimes import RUNTIMES, Artifact
 from compress.runtimes.base import digest_of
 from compress.state import State, dense_name
-from compress.target import machine
+from compress.target import Target, machine
 
 
 def outcome(run: Run, leaves: Sequence[Node], out: Path, started: float) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def outcome(run: Run, leaves: Sequence[Node], out: Path, started: float) -> dict
             "measured_low": ratio.low,
             "measured_high": ratio.high,
             "met": None if promised is None else ratio.value >= promised,
-            **_told(timing),
+            **_told(timing, run.plan.target),
         }
     dense = baseline.dense.model
     stored = run.cache / "quality" / f"{digest([run.root_key, baseline.dense.source])}.json"
@@ -55,7 +55,11 @@ def outcome(run: Run, leaves: Sequence[Node], out: Path, started: float) -> dict
         "plan": run.plan.to_yaml(),
         "task": run.task.name,
         "seconds": round(time.monotonic() - started, 1),
-        "baseline": {**_size(dense), **_told(timings[0]), **_split(_quality(stored, baseline.as_dense()), "quality")},
+        "baseline": {
+            **_size(dense),
+            **_told(timings[0], run.plan.target),
+            **_split(_quality(stored, baseline.as_dense()), "quality"),
+        },
         "branches": branches,
     }
 
@@ -100,11 +104,15 @@ def _export(run: Run, leaf: Node, exporter: Any, state: State, home: Path, card:
 
 
 def _measured(run: Run, leaf: Node, state: State, branch: Mapping[str, Any]) -> Path:
-    """The branch's artifact for the target's runtime: the exported one, or one built only to be measured."""
+    """The branch's artifact for the target's runtime: the exported one, or one built only to be measured.
+
+    A decoder exported without its cache can't be compared with the dense one, which has it.
+    """
     runtime = RUNTIMES[run.plan.target.chosen]
     for artifact in branch["artifacts"]:
-        if runtime.holds(Path(artifact["path"])):
-            return Path(artifact["path"])
+        path = Path(artifact["path"])
+        if runtime.holds(path) and (runtime.generates(path) or not run.task.generates):
+            return path
     folder = run.cache / "built" / run.key(leaf)
     if not folder.exists():
         state.build(state.model, folder)
@@ -123,10 +131,11 @@ def _timings(run: Run, artifacts: Sequence[Path]) -> list[Timing]:
     return [Timing(**timing) for timing in remembered(stored, time_them)]
 
 
-def _told(timing: Timing) -> dict[str, Any]:
+def _told(timing: Timing, target: Target) -> dict[str, Any]:
     """A timing as the report keeps it, without the time of every round."""
     rest = {"low": timing.low, "high": timing.high, "rounds": len(timing.samples), "quantised": timing.quantised}
-    return {"milliseconds": timing.milliseconds, "timing": rest}
+    rate = target.tokens_per_second(timing.milliseconds)
+    return {"milliseconds": timing.milliseconds, "tokens_per_second": rate, "timing": rest}
 
 
 def _size(model: PreTrainedModel) -> dict[str, int]:

@@ -15,9 +15,11 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from compress.contract import FACTS, VOCABULARY, Fact, Pass, stale_after
 from compress.data import Data
+from compress.errors import TargetError
 from compress.families import layout_of
 from compress.layout import Layout, prefix_of, record_of
 from compress.runtimes import RUNTIMES, example_inputs
+from compress.runtimes.examples import longest_sequence
 from compress.target import Target
 from compress.tasks import Task
 from compress.vocabulary import cut_vocabulary
@@ -124,12 +126,18 @@ class State:
         return folder
 
     def build(self, model: PreTrainedModel, folder: Path) -> None:
-        """Write a model to `folder`, whole or not at all, as the target's runtime takes it."""
+        """Write a model to `folder`, whole or not at all, as the target's runtime takes it; a decoder with its cache.
+
+        Raises TargetError where the target asks for more tokens than the model can take.
+        """
+        length, longest = self.target.sequence + (self.target.generate or 0), longest_sequence(model)
+        if self.target.generate and longest and length > longest:
+            raise TargetError(f"target: sequence and generate make {length} tokens; this model takes {longest} at most")
         unfinished = folder.with_name(f"{folder.name}.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         inputs = example_inputs(model, self.tokenizer, batch=2, sequence=min(self.target.sequence, 16))
-        RUNTIMES[self.target.chosen].build(model, inputs, unfinished)
+        RUNTIMES[self.target.chosen].build(model, inputs, unfinished, cache=self.task.generates)
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
 

@@ -17,6 +17,7 @@ import psutil
 from pydantic import Field
 
 from compress.contract import Options
+from compress.tasks import TASKS
 
 FLAGS = (
     "avx2",
@@ -36,13 +37,16 @@ PACKAGES = {"onnxruntime": ("onnxruntime", "onnxruntime-gpu"), "torch": ("torch"
 class Target(Options):
     """Where the model will run: speed-ups are promised and measured here and nowhere else.
 
-    `batch` and `sequence` are the shape whose latency counts; `threads` the CPU threads a runtime may use.
+    `batch` and `sequence` are the shape whose latency counts; `threads` the CPU threads a runtime may use. With
+    `generate` the latency is that of a whole request to a decoder: a prompt of `sequence` tokens runs and gives the
+    first new token, and each of the `generate` - 1 others is a step of one token with the key-value cache.
     """
 
     device: Literal["cpu", "cuda"] = "cpu"
     runtime: Literal["auto", "onnxruntime", "torch"] = "auto"
     batch: int = Field(default=1, ge=1)
     sequence: int = Field(default=128, ge=1)
+    generate: int | None = Field(default=None, ge=1, description="new tokens; null: one forward pass is timed")
     threads: int = Field(default=1, ge=1)
     dtype: Literal["float32"] = "float32"
 
@@ -53,9 +57,16 @@ class Target(Options):
             return self.runtime
         return "onnxruntime" if self.device == "cpu" else "torch"
 
-    def problems(self) -> list[str]:
-        """What this machine lacks to be this target, told as `field: what was met; what was expected`."""
+    def tokens_per_second(self, milliseconds: float) -> float | None:
+        """New tokens a second, over the whole batch, of requests that take so long; None where none are generated."""
+        return None if self.generate is None else self.batch * self.generate / milliseconds * 1e3
+
+    def problems(self, task: str | None = None) -> list[str]:
+        """What this machine, or the task, lacks for this target, told as `field: what was met; what was expected`."""
         found = []
+        if self.generate is not None and task is not None and not TASKS[task].generates:
+            able = ", ".join(name for name, known in TASKS.items() if known.generates)
+            found.append(f"generate: {self.generate} tokens asked of a model for {task}; expected null, or task {able}")
         if self.threads > (cores := len(available_cores())):
             found.append(f"threads: {self.threads} asked, this process may use {cores}; expected 1..{cores}")
         if find_spec(self.chosen) is None:

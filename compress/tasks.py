@@ -21,7 +21,8 @@ class Task:
     """A task by its name on the hub.
 
     `auto` is the transformers class that loads it, `metrics` the scores that can be its headline, best first,
-    `endings` how the names of its architectures end, and `packs` says that texts are packed to full length.
+    `endings` how the names of its architectures end, `packs` says that texts are packed to full length, and `generates`
+    that the model is deployed to write on, token by token.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Task:
     endings: tuple[str, ...]
     lower_is_better: bool = False
     packs: bool = False
+    generates: bool = False
 
     @property
     def metric(self) -> str:
@@ -82,6 +84,7 @@ TASKS = {
             ("ForCausalLM", "LMHeadModel"),
             lower_is_better=True,
             packs=True,
+            generates=True,
         ),
     )
 }

@@ -14,22 +14,28 @@ from exporters.base import Exporter, outputs_of
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
+    from transformers import PreTrainedModel
 
     from compress.runtimes.onnx import OnnxSession
     from compress.state import State
 
 SHAPES = ((1, 5), (3, 13), (4, 32))  # batch and sequence of the checks; none is the shape of the export
+PROMPTS = ((1, 6), (3, 4))
+TOKENS = 8  # generated from each prompt
 
 
 class Onnx(Exporter):
     """model.onnx with its weights beside it, config and tokenizer.
 
-    `tolerance` is the largest error taken, relative to the largest magnitude of the output it is found in (or to 1).
+    `cache` lets a decoder take and give its key-value cache, so that a step runs one token; auto does so where the task
+    is to generate text. `tolerance` is the largest error taken, relative to the largest magnitude of the output it is
+    found in (or to 1).
     """
 
     kind: ClassVar[str] = "onnx"
     folder: ClassVar[str] = "onnx"
     quantize: Literal["none"] = "none"
+    cache: Literal["auto"] | bool = "auto"
     tolerance: float = Field(default=1e-3, gt=0)
 
     def write(self, state: State, folder: Path, card: Mapping[str, Any]) -> float:
@@ -40,7 +46,8 @@ class Onnx(Exporter):
 
         runtime = OnnxRuntime()
         runtime.require()
-        runtime.build(state.model, example_inputs(state.model, state.tokenizer, 2, 16), folder)
+        cache = state.task.generates if self.cache == "auto" else self.cache
+        runtime.build(state.model, example_inputs(state.model, state.tokenizer, 2, 16), folder, cache=cache)
         if state.tokenizer is not None:
             state.tokenizer.save_pretrained(folder)
         session = runtime.open(folder, Target())
@@ -57,6 +64,39 @@ class Onnx(Exporter):
                         f"onnx: output '{name}' differs by {error:.3g} on inputs of shape {shape}; "
                         f"expected at most {allowed:.3g}"
                     )
+        return max(worst, self._generated(state.model, session)) if session.cached else worst
+
+    def _generated(self, model: PreTrainedModel, session: OnnxSession) -> float:
+        """Largest error of the logits in generation; raises ExportError where tokens or logits aren't the model's.
+
+        Ours take a prompt and then single tokens with the cache; the model's come from transformers' `generate`.
+        """
+        import numpy as np
+        import torch
+        from transformers import GenerationConfig
+
+        from compress.runtimes import decoder, example_inputs
+
+        never = model.config.get_text_config().vocab_size  # no token ends a text
+        asked = GenerationConfig(do_sample=False, max_new_tokens=TOKENS, eos_token_id=never, pad_token_id=0)
+        asked.update(return_dict_in_generate=True, output_logits=True)
+        worst, was_training = 0.0, model.training
+        for seed, (batch, sequence) in enumerate(PROMPTS):
+            prompt = example_inputs(model, None, batch, sequence, seed=seed)["input_ids"].to(model.device)
+            with torch.inference_mode():
+                mask = torch.ones_like(prompt)
+                expected = model.eval().generate(prompt, attention_mask=mask, generation_config=asked)
+            model.train(was_training)
+            tokens, logits = decoder.generate(session.session, prompt.cpu().numpy(), TOKENS)
+            error, allowed = _error(torch.stack(expected.logits).cpu(), np.stack(logits), None, self.tolerance)
+            worst = max(worst, error)
+            wrong = np.flatnonzero((tokens != expected.sequences[:, sequence:].cpu().numpy()).any(axis=0))
+            if wrong.size or not error <= allowed:
+                said = f"token {wrong[0] + 1} is another" if wrong.size else f"logits differ by {error:.3g}"
+                raise ExportError(
+                    f"onnx: generating {TOKENS} tokens from {batch} x {sequence}, {said}; expected the model's own, "
+                    f"and logits that differ by at most {allowed:.3g}"
+                )
         return worst
 
 

@@ -185,6 +185,14 @@ def test_bench_compares_with_the_one_named(call: Call, tmp_path: Path, monkeypat
     assert "1.99" in out.splitlines()[1]
 
 
+def test_bench_of_requests_tells_tokens_a_second(call: Call, tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "decoder.onnx").touch()
+    monkeypatch.setattr("compress.measure.measure", lambda paths, target: [Timing.of([float(target.generate)] * 20)])
+    code, out, _ = call("bench", tmp_path / "decoder.onnx", "--generate", 32, "--batch", 2)
+    assert code == 0
+    assert "2000.0 tokens/s" in out
+
+
 def test_bench_of_nothing(call: Call, tmp_path: Path) -> None:
     code, _, err = call("bench", tmp_path / "none.onnx")
     assert code == 2

@@ -42,7 +42,7 @@ def obstacles(parts: Mapping[str, Any]) -> list[Problem]:
     if "data" in parts:
         problems += [_placed("data", parts["data"], text) for text in parts["data"].problems(task)]
     if "target" in parts:
-        problems += [_placed("target", parts["target"], text) for text in parts["target"].problems()]
+        problems += [_placed("target", parts["target"], text) for text in parts["target"].problems(task)]
     if parts.get("out") is not None:
         problems += [Problem(("out",), text) for text in unusable(Path(os.path.expanduser(parts["out"])))]
     return problems

@@ -61,7 +61,7 @@ def results(report: Report) -> str:
 
     def row(model: Measured, *speed: str) -> tuple[str, ...]:
         sizes = wording.scaled(model.parameters, ""), wording.scaled(model.bytes, "B")
-        return (*speed, wording.latency(model.milliseconds), *sizes)
+        return (*speed, wording.took(model), *sizes)
 
     rows = [row(report.baseline, "dense", "", "1x", "")]
     for branch in report.branches:

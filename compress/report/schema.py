@@ -88,6 +88,9 @@ class Measured(Record):
     parameters: int | None = Field(None, ge=0)
     bytes: int | None = Field(None, ge=0, description="size of its tensors")
     milliseconds: float | None = Field(None, gt=0, description="median latency on the target")
+    tokens_per_second: float | None = Field(
+        None, gt=0, description="new tokens over the time of whole requests; null where the target generates none"
+    )
     timing: Timing | None = None
     quality: dict[str, float | None] = Field({}, description="metric -> value on held-out data")
     quality_interval: dict[str, Interval | None] = {}

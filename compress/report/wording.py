@@ -56,6 +56,13 @@ def latency(milliseconds: float | None) -> str:
     return f"{milliseconds:.{3 if milliseconds < 1 else digits(milliseconds)}f} ms"
 
 
+def took(model: Measured) -> str:
+    """The latency of a model and, where it generates, its tokens a second: ``812 ms, 158 tokens/s``."""
+    rate = model.tokens_per_second
+    told = "" if rate is None else f", {rate:,.{digits(rate)}f} tokens/s"
+    return latency(model.milliseconds) + told
+
+
 def figure(value: float | None) -> str:
     """Write a quality with four significant figures."""
     if value is None:
@@ -132,7 +139,8 @@ def where(report: Report) -> str:
 
 def shape(report: Report) -> str:
     """Everything else about the target, as in ``batch 1, sequence 128, threads 1, dtype float32``."""
-    return ", ".join(f"{key} {value}" for key, value in setting(report).items() if key not in ("runtime", "device"))
+    told = {key: value for key, value in setting(report).items() if value is not None}
+    return ", ".join(f"{key} {value}" for key, value in told.items() if key not in ("runtime", "device"))
 
 
 def title(report: Report) -> str:

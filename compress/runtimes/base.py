@@ -62,6 +62,14 @@ class Session(ABC):
     def example(self, batch: int, sequence: int) -> dict[str, np.ndarray]:
         """Inputs the artifact takes, of the given shape where it leaves the shape open; always the same values."""
 
+    @abstractmethod
+    def generate(self, prompt: np.ndarray, count: int) -> np.ndarray:
+        """Follow prompts (batch, sequence), nothing masked, by the `count` likeliest tokens (batch, count).
+
+        The prompt runs once and gives the first of them; each later one is a step of one token with the cache. No
+        token ends a text. Raises TargetError where the artifact has no cache.
+        """
+
 
 class Runtime(ABC):
     """A program that runs models; the artifacts are files that the user deploys."""
@@ -84,11 +92,23 @@ class Runtime(ABC):
     def holds(self, path: Path) -> bool:
         """Whether `path` is an artifact of this runtime."""
 
+    def generates(self, path: Path) -> bool:
+        """Whether an artifact of a decoder can use a key-value cache."""
+        return True
+
     @abstractmethod
-    def build(self, model: PreTrainedModel, inputs: Mapping[str, Tensor], folder: Path, dynamic: bool = True) -> Path:
+    def build(
+        self,
+        model: PreTrainedModel,
+        inputs: Mapping[str, Tensor],
+        folder: Path,
+        dynamic: bool = True,
+        cache: bool = False,
+    ) -> Path:
         """Write the model as an artifact into `folder` and return what `open` takes.
 
-        With `dynamic`, batch size and sequence length stay open; raises ExportError where the model can't be written.
+        With `dynamic`, batch size and sequence length stay open; with `cache`, a decoder takes and gives its key-value
+        cache. Raises ExportError where the model can't be written so.
         """
 
     @abstractmethod

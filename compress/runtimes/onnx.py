@@ -19,6 +19,7 @@ import numpy as np
 
 from compress.errors import ExportError, TargetError
 from compress.progress import say
+from compress.runtimes import decoder
 from compress.runtimes.base import Runtime, Session
 from compress.runtimes.examples import longest_sequence
 from compress.target import Target
@@ -50,12 +51,19 @@ class OnnxSession(Session):
         self.inputs = session.get_inputs()
 
     @property
+    def cached(self) -> bool:
+        """Whether the graph takes and gives a key-value cache."""
+        return any(value.name.startswith(decoder.PAST) for value in self.inputs)
+
+    @property
     def fixed(self) -> bool:
         """Whether the graph takes one shape only."""
         return all(isinstance(size, int) for value in self.inputs for size in value.shape)
 
     def __call__(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """Run the graph; inputs that the export found unused are left out."""
+        """Run the graph; inputs that the export found unused are left out, and a text begins where no past is given."""
+        if self.cached:
+            inputs = {**decoder.without_past(self.inputs, inputs), **inputs}
         if lacking := [value.name for value in self.inputs if value.name not in inputs]:
             raise TargetError(f"onnx: input '{lacking[0]}' is not given; got {', '.join(inputs)}")
         feed = {value.name: np.asarray(inputs[value.name]) for value in self.inputs}
@@ -63,6 +71,9 @@ class OnnxSession(Session):
 
     def example(self, batch: int, sequence: int) -> dict[str, np.ndarray]:
         """Ones for token ids and masks, zeros for token types, normal numbers for floats."""
+        if self.cached:
+            tokens = np.ones((batch, sequence), dtype=np.int64)
+            return {"input_ids": tokens, "attention_mask": tokens}
         draw = np.random.default_rng(0)
         feed: dict[str, np.ndarray] = {}
         for value in self.inputs:
@@ -76,6 +87,12 @@ class OnnxSession(Session):
                 feed[value.name] = np.full(shape, "type" not in value.name, dtype=INTEGERS[value.type])
         return feed
 
+    def generate(self, prompt: np.ndarray, count: int) -> np.ndarray:
+        """Run the prompt, then one token after another with the cache."""
+        if not self.cached:
+            raise TargetError("onnx: the graph has no key-value cache to generate with; export it with cache: true")
+        return decoder.generate(self.session, prompt, count)[0]
+
 
 class OnnxRuntime(Runtime):
     """ONNX Runtime on the CPU or, with its GPU package, on CUDA."""
@@ -87,11 +104,26 @@ class OnnxRuntime(Runtime):
         """An .onnx file or a folder with model.onnx."""
         return (path / FILE).is_file() or (path.is_file() and path.suffix == ".onnx")
 
-    def build(self, model: PreTrainedModel, inputs: Mapping[str, Tensor], folder: Path, dynamic: bool = True) -> Path:
-        """Write model.onnx (weights in model.onnx.data) and the config; decoders are written without their cache.
+    def generates(self, path: Path) -> bool:
+        """Whether the graph has a cache."""
+        import onnx
+
+        graph = onnx.load(path / FILE if path.is_dir() else path, load_external_data=False).graph
+        return any(value.name.startswith(decoder.PAST) for value in graph.input)
+
+    def build(
+        self,
+        model: PreTrainedModel,
+        inputs: Mapping[str, Tensor],
+        folder: Path,
+        dynamic: bool = True,
+        cache: bool = False,
+    ) -> Path:
+        """Write model.onnx (weights in model.onnx.data) and the config.
 
         Where a model can't keep batch and sequence open under the names given, the dimensions that torch.export finds
-        are tried, then the shape of `inputs` alone; what was lost is told.
+        are tried, then the shape of `inputs` alone; what was lost is told. A graph with a cache keeps them open or is
+        not written.
         """
         from transformers.exporters import OnnxConfig, OnnxExporter
 
@@ -100,19 +132,25 @@ class OnnxRuntime(Runtime):
         if model.device.type != "cpu" or model.training:  # both would show in the graph
             model = copy.deepcopy(model).eval()
             model.cpu()
-        given = widened(inputs) if dynamic else dict(inputs)
-        named = OnnxConfig(dynamic_shapes=_dynamic_shapes(model, given), ort_fusions="cpu")
-        found = OnnxConfig(dynamic=True, ort_fusions="cpu")
+        given: dict[str, Any] = widened(inputs) if dynamic or cache else dict(inputs)
         fixed = OnnxConfig(ort_fusions="cpu")
+        if cache:
+            given = decoder.midway(model, given)
+            named = OnnxConfig(dynamic_shapes=decoder.open_dimensions(model, given), ort_fusions="cpu")
+            configs = [named]
+        else:
+            named = OnnxConfig(dynamic_shapes=_dynamic_shapes(model, given), ort_fusions="cpu")
+            configs = [named, OnnxConfig(dynamic=True, ort_fusions="cpu"), fixed] if dynamic else [fixed]
         reasons = []
-        for config in (named, found, fixed) if dynamic else (fixed,):
+        for config in configs:
             try:
-                with _quiet(), _uncached(model):
+                with _quiet(), contextlib.nullcontext() if cache else _uncached(model):
                     exported = OnnxExporter().export(model, dict(given), config=config)
-                    split_skip_norms(exported.program.graph)
-                    share_weights(exported.program.graph)
+                    graph = exported.program.graph
+                    split_skip_norms(graph)
+                    share_weights(graph)
                     if config is named:
-                        name_dimensions(exported.program.graph, DYNAMIC)
+                        name_dimensions(graph, decoder.name_cache(graph) if cache else DYNAMIC)
                     exported.save_pretrained(folder)
             except FAILURES as error:
                 reasons.append(
@@ -123,7 +161,8 @@ class OnnxRuntime(Runtime):
                 shapes = {name: tuple(value.shape) for name, value in given.items()}
                 say(f"onnx: {type(model).__name__} takes only {shapes}, dimensions can't stay open: {reasons[0]}")
             return folder
-        raise ExportError(f"onnx: {type(model).__name__} can't be exported: {reasons[-1]}")
+        with_cache = " with its cache; expected cache: false" if cache else ""
+        raise ExportError(f"onnx: {type(model).__name__} can't be exported{with_cache}: {reasons[-1]}")
 
     def build_module(self, module: nn.Module, inputs: Sequence[Tensor], path: Path) -> Path:
         """Write one module, called with tensors by position, at the fixed shapes of `inputs`; for timing parts."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,6 +43,23 @@ class TorchSession(Session):
         """Inputs as the model's config describes them."""
         return {name: value.numpy() for name, value in example_inputs(self.model, None, batch, sequence).items()}
 
+    def generate(self, prompt: np.ndarray, count: int) -> np.ndarray:
+        """Run the prompt, then one token after another; like transformers' own `generate`, the last logits only."""
+        import torch
+
+        taken = inspect.signature(self.model.forward).parameters
+        if self.model.config.is_encoder_decoder or not self.model.can_generate():
+            raise TargetError(f"torch: {type(self.model).__name__} has no key-value cache to generate with")
+        last = {"logits_to_keep": 1} if "logits_to_keep" in taken else {}
+        new, cache, tokens = torch.as_tensor(prompt).to(self.model.device), None, []
+        with torch.inference_mode():
+            for _ in range(count):
+                outputs = self.model(input_ids=new, past_key_values=cache, use_cache=True, **last)
+                cache = outputs.past_key_values
+                new = outputs.logits[:, -1:].argmax(dim=-1)
+                tokens.append(new)
+        return torch.cat(tokens, dim=1).cpu().numpy()
+
 
 class TorchRuntime(Runtime):
     """Plain PyTorch."""
@@ -53,8 +71,15 @@ class TorchRuntime(Runtime):
         """A folder with a config and weights in safetensors."""
         return (path / "config.json").is_file() and any(path.glob("*.safetensors"))
 
-    def build(self, model: PreTrainedModel, inputs: Mapping[str, Tensor], folder: Path, dynamic: bool = True) -> Path:
-        """Save the model; torch takes every shape, so `inputs` and `dynamic` change nothing."""
+    def build(
+        self,
+        model: PreTrainedModel,
+        inputs: Mapping[str, Tensor],
+        folder: Path,
+        dynamic: bool = True,
+        cache: bool = False,
+    ) -> Path:
+        """Save the model; torch takes every shape, with a cache or without, so the other arguments change nothing."""
         model.save_pretrained(folder)
         return folder
 
