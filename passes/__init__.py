@@ -4,14 +4,14 @@ from compress.contract import Pass
 from passes.distillation.distill import Distill
 from passes.distillation.finetune import Finetune
 from passes.pruning.calibrate import Calibrate
-from passes.pruning.drop_blocks import DropBlocks
-from passes.pruning.fold import Fold
-from passes.pruning.minitron import Minitron
-from passes.pruning.optin import Optin
-from passes.pruning.prune import Prune
-from passes.pruning.puzzle import Puzzle
+from passes.pruning.depth.drop_blocks import DropBlocks
+from passes.pruning.depth.fold import Fold
+from passes.pruning.replace.puzzle import Puzzle
+from passes.pruning.uniform.minitron import Minitron
 from passes.pruning.vocabulary import Vocabulary
-from passes.pruning.ziplm import ZipLM
+from passes.pruning.widths.optin import Optin
+from passes.pruning.widths.prune import Prune
+from passes.pruning.widths.ziplm import ZipLM
 
 PASSES: dict[str, type[Pass]] = {
     "calibrate": Calibrate,

@@ -17,10 +17,10 @@ from compress.errors import DataError, LayoutError, TargetError
 from compress.measure import Ratio
 from compress.plan import Plan
 from compress.tasks import TASKS
-from passes.pruning.depth import angular_distances, greedily, influence, nearest_range
-from passes.pruning.drop_blocks import DropBlocks
-from passes.pruning.removal import by_angle, by_influence, by_loss, candidates, likelihood_loss, removed, without
-from passes.pruning.watch import first_of, last_of
+from passes.pruning.depth.drop_blocks import DropBlocks
+from passes.pruning.depth.removal import by_angle, by_influence, by_loss, candidates, likelihood_loss, removed, without
+from passes.pruning.depth.scores import angular_distances, greedily, influence, nearest_range
+from passes.pruning.depth.watch import first_of, last_of
 from tests.conftest import GENERATING, TINY, answer
 from tests.paper import Paper, state_of
 

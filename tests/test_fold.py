@@ -18,8 +18,8 @@ from compress.lowrank import LowRank
 from compress.runtimes import RUNTIMES
 from compress.runtimes.graph import share_weights
 from compress.sharing import cure_, matrices, share_
-from passes.pruning.fold import Fold, partition
-from passes.pruning.gates import gate, gated, similarities, train_gates
+from passes.pruning.depth.fold import Fold, partition
+from passes.pruning.depth.gates import gate, gated, similarities, train_gates
 from tests.conftest import TINY, answer
 from tests.paper import state_of
 

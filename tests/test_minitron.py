@@ -21,11 +21,11 @@ from compress.layout import record_of
 from passes.distillation.compare import Comparison
 from passes.distillation.distill import Distill, Weights
 from passes.distillation.losses import similarity_distance
-from passes.pruning.candidates import next_token_loss, rescale_, top
-from passes.pruning.importance import Score, add_back, influence, per_row
-from passes.pruning.minitron import Minitron
-from passes.pruning.observe import measure_importance, removal_losses
-from passes.pruning.shapes import NEAR, space_of
+from passes.pruning.uniform.candidates import next_token_loss, rescale_, top
+from passes.pruning.uniform.importance import Score, add_back, influence, per_row
+from passes.pruning.uniform.minitron import Minitron
+from passes.pruning.uniform.observe import measure_importance, removal_losses
+from passes.pruning.uniform.shapes import NEAR, space_of
 from tests.conftest import TINY, answer
 from tests.paper import Paper, state_of
 

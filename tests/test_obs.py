@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from passes.pruning.obs import least_squares, removal_order
+from passes.pruning.widths.obs import least_squares, removal_order
 
 SHAPES = [(40, 1, 12, 1), (150, 1, 9, 1), (12, 4, 10, 1), (12, 4, 10, 3), (6, 32, 20, 1), (3, 80, 7, 2)]
 DAMPINGS = [1e-6, 0.01, 0.3]

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from compress.errors import DataError
-from passes.pruning.optin import Optin
-from passes.pruning.trajectory import Dense, column_magnitudes, curve_of, trajectory_curves
+from passes.pruning.widths.optin import Optin
+from passes.pruning.widths.trajectory import Dense, column_magnitudes, curve_of, trajectory_curves
 from tests.conftest import TINY
 from tests.paper import Paper, state_of
 

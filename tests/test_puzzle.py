@@ -16,10 +16,10 @@ from compress.latency import Curve, Table
 from compress.layout import record_of
 from compress.linear import linearise
 from passes import PASSES
-from passes.pruning.local import Local, examples_of, fit_linear, library, normalised_error
-from passes.pruning.mip import choose
-from passes.pruning.replacement import cached_tokens, counted, milliseconds, replacement_scores
-from passes.pruning.variants import Variant, contributions, importance, offered, place_, twin
+from passes.pruning.replace.local import Local, examples_of, fit_linear, library, normalised_error
+from passes.pruning.replace.mip import choose
+from passes.pruning.replace.replacement import cached_tokens, counted, milliseconds, replacement_scores
+from passes.pruning.replace.variants import Variant, contributions, importance, offered, place_, twin
 from tests.conftest import TINY, answer
 from tests.paper import EVERYTHING, PER_UNIT, Paper, state_of
 
@@ -229,8 +229,8 @@ def test_variants_are_scored_by_texts_they_were_not_made_from(state, monkeypatch
 
         return called
 
-    monkeypatch.setattr("passes.pruning.local.library", spy("made", library))
-    monkeypatch.setattr("passes.pruning.replacement.replacement_scores", spy("scored", replacement_scores))
+    monkeypatch.setattr("passes.pruning.replace.local.library", spy("made", library))
+    monkeypatch.setattr("passes.pruning.replace.replacement.replacement_scores", spy("scored", replacement_scores))
     list(PASSES["puzzle"](**{**FEW, "samples": 24}, parameters=0.9).run(state))
     rows = {name: {tuple(row.tolist()) for batch in met[name] for row in batch["input_ids"]} for name in met}
     assert [len(rows[name]) for name in ("made", "scored")] == [16, 8]

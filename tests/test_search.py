@@ -12,18 +12,18 @@ import torch
 from compress.contract import STATISTICS
 from compress.errors import TargetError
 from compress.families import layout_of
-from passes.pruning.best import Best
 from passes.pruning.calibrate import Calibrate, calibration
-from passes.pruning.choice import Choice, Evolution, Spdy
-from passes.pruning.database import silence_, surgery
-from passes.pruning.evolution import evolve, fitted, switched
-from passes.pruning.fitness import Fitness
 from passes.pruning.promise import Menu
-from passes.pruning.prune import Prune
-from passes.pruning.sensitivity import HIDDEN, PREDICTIONS, change
-from passes.pruning.spdy import learn_coefficients
-from passes.pruning.structured import SEARCH_BATCH
-from passes.pruning.ziplm import ZipLM
+from passes.pruning.search.best import Best
+from passes.pruning.search.choice import Choice, Evolution, Spdy
+from passes.pruning.search.evolution import evolve, fitted, switched
+from passes.pruning.search.fitness import Fitness
+from passes.pruning.search.spdy import learn_coefficients
+from passes.pruning.widths.database import silence_, surgery
+from passes.pruning.widths.prune import Prune
+from passes.pruning.widths.sensitivity import HIDDEN, PREDICTIONS, change
+from passes.pruning.widths.structured import SEARCH_BATCH
+from passes.pruning.widths.ziplm import ZipLM
 from tests.conftest import TINY
 from tests.paper import Paper, state_of
 
@@ -176,7 +176,7 @@ def test_a_stitched_model_is_the_silenced_and_refitted_one(name, output, tmp_pat
 
 
 def test_stitches_are_forgotten_where_there_is_no_room(tmp_path, monkeypatch):
-    monkeypatch.setattr("passes.pruning.fitness.HELD", 10_000)
+    monkeypatch.setattr("passes.pruning.search.fitness.HELD", 10_000)
     state = state_of(TINY["bert"], tmp_path)
     curves, fit = surgery(state, list(state.layout.axes.values()), 0.01)
     fitness = Fitness(state.model, state.layout, curves, fit, list(calibration(state.data, 8)), HIDDEN)

@@ -15,11 +15,11 @@ from compress.errors import DataError, LayoutError, TargetError
 from compress.statistics import run_body
 from passes import PASSES
 from passes.pruning.calibrate import Calibrate, calibration
-from passes.pruning.database import Curve, Fit, cut_to, silence_, surgery
 from passes.pruning.promise import Menu, pursue
-from passes.pruning.prune import Prune
-from passes.pruning.sensitivity import follow, measured_losses
-from passes.pruning.ziplm import ZipLM
+from passes.pruning.widths.database import Curve, Fit, cut_to, silence_, surgery
+from passes.pruning.widths.prune import Prune
+from passes.pruning.widths.sensitivity import follow, measured_losses
+from passes.pruning.widths.ziplm import ZipLM
 from tests.conftest import TINY
 from tests.paper import Paper, state_of
 

@@ -23,7 +23,7 @@ from compress.linear import linearise
 from compress.progress import track
 from compress.state import State
 from compress.statistics import frozen, real_rows, run_body
-from passes.pruning.database import matrix, projection
+from passes.pruning.widths.database import matrix, projection
 
 Offer = float | Literal["linear", "none"]
 Batch = Mapping[str, Tensor]

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from compress.contract import STATISTICS, TEACHER, Fact
-from passes.pruning.structured import StructuredPruning
+from passes.pruning.widths.structured import StructuredPruning
 
 if TYPE_CHECKING:
     from compress.layout import Axis
     from compress.state import State
-    from passes.pruning.database import Curve, Fit
+    from passes.pruning.widths.database import Curve, Fit
 
 
 class ZipLM(StructuredPruning):
@@ -28,6 +28,6 @@ class ZipLM(StructuredPruning):
 
     def curves(self, state: State, axes: Sequence[Axis]) -> tuple[dict[str, Curve], Fit | None]:
         """The curves under optimal removals."""
-        from passes.pruning.database import surgery
+        from passes.pruning.widths.database import surgery
 
         return surgery(state, axes, self.damping)

@@ -20,12 +20,12 @@ from compress.progress import track
 from compress.state import State, dense_name
 from compress.uniform import HIDDEN, drop, narrow, resized, spans
 from passes.pruning.calibrate import calibration
-from passes.pruning.importance import add_back
-from passes.pruning.observe import Importance, measure_importance, removal_losses
-from passes.pruning.shapes import Shape, Space
+from passes.pruning.uniform.importance import add_back
+from passes.pruning.uniform.observe import Importance, measure_importance, removal_losses
+from passes.pruning.uniform.shapes import Shape, Space
 
 if TYPE_CHECKING:
-    from passes.pruning.minitron import Minitron
+    from passes.pruning.uniform.minitron import Minitron
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Cutter:
     def speedup(self, branch: State) -> float:
         """How many times faster than the dense model a state's model is on the target."""
         from compress.measure import speedup
-        from passes.pruning.structured import timed
+        from passes.pruning.speedups import timed
 
         return speedup(*timed(self.state, branch)).value
 

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field, model_validator
 
 from compress.contract import STATISTICS, TEACHER, Fact
-from passes.pruning.structured import StructuredPruning
+from passes.pruning.widths.structured import StructuredPruning
 
 if TYPE_CHECKING:
     from compress.layout import Axis
     from compress.state import State
-    from passes.pruning.choice import Choice
-    from passes.pruning.database import Curve, Fit
-    from passes.pruning.fitness import Fitness
     from passes.pruning.promise import Menu
+    from passes.pruning.search.choice import Choice
+    from passes.pruning.search.fitness import Fitness
+    from passes.pruning.widths.database import Curve, Fit
 
 
 class Prune(StructuredPruning):
@@ -46,7 +46,7 @@ class Prune(StructuredPruning):
         """The curves by the criterion; only ``obs`` refits."""
         import numpy as np
 
-        from passes.pruning.database import by_chance, by_magnitude, surgery
+        from passes.pruning.widths.database import by_chance, by_magnitude, surgery
 
         if self.criterion == "obs":
             return surgery(state, axes, self.damping)
@@ -57,6 +57,6 @@ class Prune(StructuredPruning):
 
     def choice(self, menu: Menu, fitness: Fitness | None) -> Choice:
         """One share for all, or the search."""
-        from passes.pruning.choice import Choice
+        from passes.pruning.search.choice import Choice
 
         return Choice(menu, menu.uniform) if self.allocation == "uniform" else super().choice(menu, fitness)

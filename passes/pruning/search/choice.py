@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from passes.pruning.best import Best
-from passes.pruning.evolution import Levels, evolve, fitted
-from passes.pruning.fitness import Fitness
 from passes.pruning.promise import Menu, Sizes
-from passes.pruning.spdy import learn_coefficients
+from passes.pruning.search.best import Best
+from passes.pruning.search.evolution import Levels, evolve, fitted
+from passes.pruning.search.fitness import Fitness
+from passes.pruning.search.spdy import learn_coefficients
 
 OFFSPRING = 8  # by halves three times, so that a generation costs four evaluations by all samples
 RESTART = 4  # a search that goes on from a found answer, for a corrected budget, is so much shorter

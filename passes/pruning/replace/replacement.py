@@ -21,10 +21,10 @@ from compress.progress import track
 from compress.state import State
 from compress.statistics import frozen
 from passes.distillation.losses import logit_kl
-from passes.pruning.database import matrix, projection
-from passes.pruning.local import run_whole
-from passes.pruning.sensitivity import relative_change
-from passes.pruning.variants import Batch, Variant, place_, twin
+from passes.pruning.replace.local import run_whole
+from passes.pruning.replace.variants import Batch, Variant, place_, twin
+from passes.pruning.widths.database import matrix, projection
+from passes.pruning.widths.sensitivity import relative_change
 
 Variants = Mapping[str, Sequence[Variant]]  # the variants of each axis, the whole one last
 

@@ -59,7 +59,7 @@ class Fold(Pass):
         from compress.recipe import TrainingOptions
         from compress.sharing import share_
         from passes.pruning.calibrate import calibration
-        from passes.pruning.cure import cure
+        from passes.pruning.depth.cure import cure
 
         if record_of(state.model.config).keys() & {"shared", "cured"}:
             raise LayoutError("fold: this model is folded already; expected one whose blocks share nothing")
@@ -86,7 +86,7 @@ class Fold(Pass):
 
     def _remove(self, state: State, batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:
         """Drop the blocks that are needed least; figures name them as they were before."""
-        from passes.pruning.gates import similarities, train_gates
+        from passes.pruning.depth.gates import similarities, train_gates
 
         names = [f"{stack.module}.{index}" for stack in state.layout.stacks.values() for index in inner(stack)]
         if self.remove > len(names):
@@ -109,7 +109,7 @@ class Fold(Pass):
     def _groups(self, state: State, batches: Sequence[Mapping[str, Tensor]]) -> tuple[dict[str, Any], list[list[str]]]:
         """What to report, and the blocks of each group, the most similar there are in every stack."""
         from compress.sharing import alike
-        from passes.pruning.gates import similarities
+        from passes.pruning.depth.gates import similarities
 
         stacks = [[f"{stack.module}.{i}" for i in inner(stack)] for stack in state.layout.stacks.values()]
         blocks = {name: state.model.get_submodule(name) for names in stacks for name in names}

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from compress.progress import track
-from passes.pruning.best import Best
+from passes.pruning.search.best import Best
 
 MOST_SWITCHES = 3
 Levels = tuple[int, ...]

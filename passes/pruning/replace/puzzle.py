@@ -9,16 +9,16 @@ from pydantic import Field, field_validator, model_validator
 
 from compress.contract import TEACHER, Fact, Part, Pass
 from compress.errors import DataError
-from passes.pruning.structured import distinct, named_after
+from passes.pruning.speedups import distinct, named_after
 
 if TYPE_CHECKING:
     import numpy as np
 
     from compress.measure import Ratio
     from compress.state import State
-    from passes.pruning.local import Library
-    from passes.pruning.mip import Search
     from passes.pruning.promise import Sizes
+    from passes.pruning.replace.local import Library
+    from passes.pruning.replace.mip import Search
 
 Offer = Annotated[float, Field(gt=0, le=1)] | Literal["linear", "none"]
 
@@ -85,8 +85,8 @@ class Puzzle(Pass):
     def run(self, state: State) -> Iterator[State]:
         """Yield the models chosen; figures tell each sub-block's variant, all scores and what stays of each budget."""
         from passes.pruning.calibrate import calibration
-        from passes.pruning.local import library
-        from passes.pruning.replacement import cached_tokens, replacement_scores
+        from passes.pruning.replace.local import library
+        from passes.pruning.replace.replacement import cached_tokens, replacement_scores
 
         if self.memory is not None:
             cached_tokens(state)  # a model without a cache is refused before the long work
@@ -108,8 +108,8 @@ class Puzzle(Pass):
         """The program with the amounts that its budgets need."""
         from compress.latency import table
         from compress.runtimes import example_inputs
-        from passes.pruning.mip import Search
-        from passes.pruning.replacement import cache, milliseconds, parameters
+        from passes.pruning.replace.mip import Search
+        from passes.pruning.replace.replacement import cache, milliseconds, parameters
 
         batch, sequence = state.target.batch, state.target.sequence
         times, resources, limits = {}, {"parameters": parameters(state, made.variants)}, {}
@@ -135,7 +135,7 @@ class Puzzle(Pass):
             return
         from compress.measure import speedup
         from passes.pruning.promise import pursue
-        from passes.pruning.structured import timed, timed_as_given
+        from passes.pruning.speedups import timed, timed_as_given
 
         def trial(choice: Sizes) -> Ratio:
             return speedup(*timed(state, made.built(state, choice)))

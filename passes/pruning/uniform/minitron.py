@@ -12,8 +12,8 @@ from compress.errors import TargetError
 
 if TYPE_CHECKING:
     from compress.state import State
-    from passes.pruning.candidates import Cutter
-    from passes.pruning.shapes import Shape
+    from passes.pruning.uniform.candidates import Cutter
+    from passes.pruning.uniform.shapes import Shape
 
 SIZES = ("hidden", "columns", "heads", "blocks")
 MARGIN = 0.02  # how far above a speed-up the search aims, as a share, so that noise doesn't break it
@@ -88,8 +88,8 @@ class Minitron(Pass):
 
     def run(self, state: State) -> Iterator[State]:
         """Yield the candidate of least validation loss; its figures tell of all of them."""
-        from passes.pruning.candidates import Cutter, recover
-        from passes.pruning.shapes import space_of
+        from passes.pruning.uniform.candidates import Cutter, recover
+        from passes.pruning.uniform.shapes import space_of
 
         space = space_of(state.model, state.layout)
         cutter = Cutter.of(self, state, space)

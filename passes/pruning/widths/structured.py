@@ -2,43 +2,29 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from compress.contract import TEACHER, VOCABULARY, Fact, Part, Pass
+from compress.contract import TEACHER, Fact, Part, Pass
 from compress.errors import LayoutError
+from passes.pruning.speedups import distinct, named_after, timed, timed_as_given
 
 if TYPE_CHECKING:
     import numpy as np
 
     from compress.latency import Table
     from compress.layout import Axis
-    from compress.measure import Ratio, Timing
+    from compress.measure import Ratio
     from compress.state import State
-    from passes.pruning.choice import Choice
-    from passes.pruning.database import Curve, Fit
-    from passes.pruning.fitness import Fitness
     from passes.pruning.promise import Menu, Sizes
+    from passes.pruning.search.choice import Choice
+    from passes.pruning.search.fitness import Fitness
+    from passes.pruning.widths.database import Curve, Fit
 
 SENSITIVITY_SAMPLES = 64
 SEARCH_BATCH = 8  # small, as evolution judges by few batches first
-
-
-def distinct(speedups: tuple[float, ...] | None) -> tuple[float, ...] | None:
-    """Refuse a speed-up that is listed twice."""
-    given = speedups or ()
-    repeated = sorted({f"{speedup:g}" for speedup in given if given.count(speedup) > 1})
-    if repeated:
-        raise ValueError(f"{', '.join(repeated)} is listed more than once; expected each speed-up once")
-    return speedups
-
-
-def named_after(speedups: Sequence[float]) -> tuple[str, ...]:
-    """Names of the branches of several speed-ups; a single one goes on under the name it had."""
-    return tuple(f"{speedup:g}x" for speedup in speedups) if len(speedups) > 1 else ("",)
 
 
 class StructuredPruning(Pass):
@@ -96,7 +82,7 @@ class StructuredPruning(Pass):
 
     def choice(self, menu: Menu, fitness: Fitness | None) -> Choice:
         """How sizes are chosen for a budget of milliseconds; a search starts from those of the summed prior."""
-        from passes.pruning.choice import Choice, Evolution, Spdy
+        from passes.pruning.search.choice import Choice, Evolution, Spdy
 
         if fitness is None:
             return Choice(menu, menu.search)
@@ -107,8 +93,8 @@ class StructuredPruning(Pass):
     def fitness(self, state: State, curves: Mapping[str, Curve], fit: Fit | None) -> Fitness | None:
         """What a search judges sizes by; None where there is no search."""
         from passes.pruning.calibrate import calibration
-        from passes.pruning.fitness import Fitness
-        from passes.pruning.sensitivity import HIDDEN, PREDICTIONS
+        from passes.pruning.search.fitness import Fitness
+        from passes.pruning.widths.sensitivity import HIDDEN, PREDICTIONS
 
         if self.search == "prior":
             return None
@@ -118,8 +104,8 @@ class StructuredPruning(Pass):
 
     def run(self, state: State) -> Iterator[State]:
         """Yield one cut model per speed-up; its figures tell what was promised, predicted and measured."""
-        from passes.pruning.database import cut_to
         from passes.pruning.promise import pursue
+        from passes.pruning.widths.database import cut_to
 
         axes = [axis for axis in state.layout.axes.values() if axis.kind in self.kinds and axis.units > axis.least]
         if not axes:
@@ -151,7 +137,7 @@ class StructuredPruning(Pass):
         if self.prior == "relative":
             return {name: curve.relative**0.5 for name, curve in curves.items()}
         from passes.pruning.calibrate import calibration
-        from passes.pruning.sensitivity import measured_losses
+        from passes.pruning.widths.sensitivity import measured_losses
 
         batches = list(calibration(state.data, SENSITIVITY_SAMPLES))
         return measured_losses(state.model, state.layout, curves, fit, batches)
@@ -198,25 +184,3 @@ def _form(axis: Axis) -> tuple[object, ...]:
     """What two axes have in common if one is the other cut: all but the units, if its time is its own."""
     its_own = axis.kind in ("heads", "columns")  # the time of any other width is spread over all that it runs through
     return axis.kind, None if its_own else axis.units, [(site.dim, site.width) for site in axis.sites]
-
-
-def timed_as_given(state: State) -> tuple[Timing, Timing]:
-    """Time the dense model and the one that a pass was given, which may be the dense one still."""
-    from compress.families import layout_of
-
-    as_dense = state.layout == layout_of(state.dense.model) and VOCABULARY.name not in state.facts
-    return timed(state, None if as_dense else state)
-
-
-def timed(state: State, other: State | None) -> tuple[Timing, Timing]:
-    """Time the dense model and another in turn; without another, the dense model stands for both."""
-    from compress.measure import measure
-
-    if other is None:
-        (dense,) = measure([state.dense_artifact()], state.target)
-        return dense, dense
-    folder = state.workshop.step / "candidate"
-    state.build(other.model, folder)
-    dense, candidate = measure([state.dense_artifact(), folder], state.target)
-    shutil.rmtree(folder)
-    return dense, candidate

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from compress.layout import Layout
 from compress.statistics import frozen
-from passes.pruning.database import Curve, Fit, silence_
-from passes.pruning.sensitivity import Output, change, restored
+from passes.pruning.widths.database import Curve, Fit, silence_
+from passes.pruning.widths.sensitivity import Output, change, restored
 
 HELD = 2**32  # bytes of reader weights that are kept; the longest unused go first
 

@@ -14,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 
 from compress.progress import track
-from passes.pruning.best import Best
+from passes.pruning.search.best import Best
 
 SHARE = 0.1  # of the coefficients, drawn anew at once when the local search begins
 Solution = TypeVar("Solution")

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from passes.pruning.structured import StructuredPruning
+from passes.pruning.widths.structured import StructuredPruning
 
 if TYPE_CHECKING:
     from compress.layout import Axis
     from compress.state import State
-    from passes.pruning.database import Curve, Fit
+    from passes.pruning.widths.database import Curve, Fit
 
 
 class Optin(StructuredPruning):
@@ -33,7 +33,7 @@ class Optin(StructuredPruning):
     def curves(self, state: State, axes: Sequence[Axis]) -> tuple[dict[str, Curve], Fit | None]:
         """The curves by importance; nothing is refitted."""
         from passes.pruning.calibrate import calibration
-        from passes.pruning.trajectory import trajectory_curves
+        from passes.pruning.widths.trajectory import trajectory_curves
 
         batches = list(calibration(state.data, self.samples, self.batch_size))
         return trajectory_curves(state.model, state.layout, axes, batches, self.groups), None

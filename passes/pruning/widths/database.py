@@ -24,7 +24,7 @@ from compress.errors import DataError
 from compress.layout import Axis, Layout, Site
 from compress.progress import track
 from compress.state import State
-from passes.pruning.obs import least_squares, removal_order
+from passes.pruning.widths.obs import least_squares, removal_order
 
 
 @dataclass(frozen=True)

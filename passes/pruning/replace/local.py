@@ -28,7 +28,7 @@ from compress.progress import track
 from compress.runtimes.torch import uncached
 from compress.state import State
 from compress.statistics import frozen, real_rows
-from passes.pruning.variants import Batch, Offer, Variant, importance, offered, place_, put_, twin
+from passes.pruning.replace.variants import Batch, Offer, Variant, importance, offered, place_, put_, twin
 
 DAMPING = 0.01  # of the mean of the diagonal, so that inputs hardly seen get no large weights
 TINY = 1e-12

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from compress.layout import Axis
 from compress.progress import track
 from compress.statistics import frozen, run_body
-from passes.pruning.importance import Score, Statistic, influence, per_row
+from passes.pruning.uniform.importance import Score, Statistic, influence, per_row
 
 Batches = Iterable[Mapping[str, Tensor]]
 

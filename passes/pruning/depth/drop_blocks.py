@@ -11,12 +11,12 @@ from pydantic import Field, field_validator, model_validator
 
 from compress.contract import TEACHER, Fact, Part, Pass
 from compress.errors import DataError, LayoutError, TargetError
-from passes.pruning.structured import distinct, named_after, timed
+from passes.pruning.speedups import distinct, named_after, timed
 
 if TYPE_CHECKING:
     from compress.measure import Ratio
     from compress.state import State
-    from passes.pruning.removal import Choose
+    from passes.pruning.depth.removal import Choose
 
 
 class DropBlocks(Pass):
@@ -82,7 +82,7 @@ class DropBlocks(Pass):
 
         def ratio(count: int) -> float:
             from compress.measure import speedup
-            from passes.pruning.removal import removed
+            from passes.pruning.depth.removal import removed
 
             if count not in measured:
                 dense, candidate = timed(state, removed(state, choose(count)[0]))
@@ -112,7 +112,7 @@ class DropBlocks(Pass):
     def ranked(self, state: State) -> tuple[Choose, int]:
         """What goes for each count, and the most that can; raises LayoutError where nothing can."""
         from passes.pruning.calibrate import calibration
-        from passes.pruning.removal import by_angle, by_influence, by_loss, candidates
+        from passes.pruning.depth.removal import by_angle, by_influence, by_loss, candidates
 
         parts = candidates(state.layout, self.parts, self.keep_first, self.keep_last)
         if not parts:
@@ -142,7 +142,7 @@ class DropBlocks(Pass):
     def shallower(self, state: State, choose: Choose, count: int, figures: dict[str, Any]) -> State:
         """A branch without the `count` parts that go first, with its figures."""
         from compress.state import dense_name
-        from passes.pruning.removal import removed
+        from passes.pruning.depth.removal import removed
 
         parts, scores = choose(count)
         if not all(map(math.isfinite, scores)):

@@ -1,0 +1,1 @@
+"""Blocks and halves of blocks: passes that drop or share them."""

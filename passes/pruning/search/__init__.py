@@ -1,0 +1,1 @@
+"""Searches for sizes that look at the whole pruned model."""

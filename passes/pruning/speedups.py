@@ -1,0 +1,49 @@
+"""What passes with the option `speedups` share: its check, names of branches, times against the dense model."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from compress.contract import VOCABULARY
+
+if TYPE_CHECKING:
+    from compress.measure import Timing
+    from compress.state import State
+
+
+def distinct(speedups: tuple[float, ...] | None) -> tuple[float, ...] | None:
+    """Refuse a speed-up that is listed twice."""
+    given = speedups or ()
+    repeated = sorted({f"{speedup:g}" for speedup in given if given.count(speedup) > 1})
+    if repeated:
+        raise ValueError(f"{', '.join(repeated)} is listed more than once; expected each speed-up once")
+    return speedups
+
+
+def named_after(speedups: Sequence[float]) -> tuple[str, ...]:
+    """Names of the branches of several speed-ups; a single one goes on under the name it had."""
+    return tuple(f"{speedup:g}x" for speedup in speedups) if len(speedups) > 1 else ("",)
+
+
+def timed_as_given(state: State) -> tuple[Timing, Timing]:
+    """Time the dense model and the one that a pass was given, which may be the dense one still."""
+    from compress.families import layout_of
+
+    as_dense = state.layout == layout_of(state.dense.model) and VOCABULARY.name not in state.facts
+    return timed(state, None if as_dense else state)
+
+
+def timed(state: State, other: State | None) -> tuple[Timing, Timing]:
+    """Time the dense model and another in turn; without another, the dense model stands for both."""
+    from compress.measure import measure
+
+    if other is None:
+        (dense,) = measure([state.dense_artifact()], state.target)
+        return dense, dense
+    folder = state.workshop.step / "candidate"
+    state.build(other.model, folder)
+    dense, candidate = measure([state.dense_artifact(), folder], state.target)
+    shutil.rmtree(folder)
+    return dense, candidate
