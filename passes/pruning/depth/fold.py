@@ -103,7 +103,7 @@ class Fold(Pass):
         lost = sorted(names, key=scores.__getitem__)[: self.remove]
         for name, stack in state.layout.stacks.items():
             keep = [index for index in range(stack.length) if f"{stack.module}.{index}" not in lost]
-            state.layout = state.layout.drop(state.model, name, keep)
+            state.drop(name, keep)
         return {"scores": {name: round(score, 6) for name, score in scores.items()}, "removed": lost}
 
     def _groups(self, state: State, batches: Sequence[Mapping[str, Tensor]]) -> tuple[dict[str, Any], list[list[str]]]:
