@@ -45,6 +45,7 @@ def prune(folder: Path) -> dict[str, float]:
     run = Run(plan, prepare(folder, fresh=True))
     state = run.state(None)
     dense = sum(one.numel() * one.element_size() for one in state.model.parameters())
+    del state  # the run loads its own
     for split in run.data.splits:
         run.data.count(split)
     before = psutil.Process().memory_info().rss

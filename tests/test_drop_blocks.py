@@ -379,9 +379,9 @@ def test_states_that_are_no_numbers_are_refused(score, tmp_path):
         next(DropBlocks(remove=1, score=score, samples=8).run(state))
 
 
-def test_a_plan_without_text_is_refused(tmp_path):
+def test_data_without_calibration_text_are_refused(tmp_path):
     state = state_of(TINY["bert"], tmp_path)
-    state.data = None
+    state.data.rows = 0
     with pytest.raises(DataError, match="calibration"):
         next(DropBlocks(remove=1).run(state))
 
