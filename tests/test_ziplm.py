@@ -324,7 +324,7 @@ def test_calibrate_reads_every_projection(bert):
 
 
 def test_calibrate_without_text_is_refused(bert):
-    bert.data = None
+    bert.data.rows = 0
     with pytest.raises(DataError, match="calibration"):
         next(Calibrate().run(bert))
 
