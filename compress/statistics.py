@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -16,8 +16,15 @@ from compress.errors import DataError
 Batches = Iterable[Mapping[str, Tensor]]
 
 
-def moments(model: PreTrainedModel, modules: Sequence[str], batches: Batches) -> dict[str, Any]:
-    """Mean and Gram matrix of the inputs ``x`` (in,) of each named linear module, over all tokens but padding.
+def moments(
+    model: PreTrainedModel,
+    modules: Sequence[str],
+    batches: Batches,
+    view: Callable[[Tensor], Tensor] | None = None,
+) -> dict[str, Any]:
+    """Mean and Gram matrix of the inputs ``x`` (in,) of each named linear module or norm, over all tokens but padding.
+
+    A `view` of them, (tokens, in) -> (tokens, in), is looked at in place of the inputs themselves.
 
     Returns, for each module, ``{module}.gram``: mean of ``x x^T`` (in, in), ``{module}.mean``: mean of ``x`` (in,),
     both float32 and divided by the number of tokens, and ``{module}.count``: that number. Products are float32 for
@@ -28,7 +35,11 @@ def moments(model: PreTrainedModel, modules: Sequence[str], batches: Batches) ->
     mask: Tensor | None = None
 
     def reading(sum_: _Sums) -> Any:
-        return lambda module, inputs: sum_.add_(real_rows(inputs[0].detach(), mask))
+        def hook(module: nn.Module, inputs: Any) -> None:
+            rows = real_rows(inputs[0].detach(), mask)
+            sum_.add_(rows if view is None else view(rows))
+
+        return hook
 
     with ExitStack() as hooks, frozen(model):
         for name, sum_ in sums.items():

@@ -66,6 +66,14 @@ def test_equal_one_matrix_of_all_tokens(subject):
         torch.testing.assert_close(facts[f"{name}.mean"].double(), rows.mean(0), rtol=1e-4, atol=1e-6)
 
 
+def test_a_view_stands_for_the_inputs(subject):
+    model, names = subject
+    plain, doubled = (moments(model, names, [batch(0)], view) for view in (None, lambda rows: 2 * rows))
+    for name in names:
+        torch.testing.assert_close(doubled[f"{name}.gram"], 4 * plain[f"{name}.gram"])
+        torch.testing.assert_close(doubled[f"{name}.mean"], 2 * plain[f"{name}.mean"])
+
+
 def test_padding_never_counts(subject):
     model, names = subject
     usual, strange = moments(model, names, [batch(0)]), moments(model, names, [batch(0, pad=49)])

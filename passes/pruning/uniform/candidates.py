@@ -145,10 +145,16 @@ def rescale_(norm: nn.Module, squares: Tensor, keep: Sequence[int]) -> None:
         return
     weight: Any = norm.weight
     factor = float((squares[list(keep)].sum() / squares.sum() * len(squares) / len(keep)).sqrt())
+    offset = above_weight(norm)
     with torch.no_grad():
-        # Some families multiply by 1 + w; what a norm makes of ones tells.
-        offset = round(float((norm(torch.ones_like(weight)) - weight).mean()))
         weight.add_(offset).mul_(factor).sub_(offset)
+
+
+def above_weight(norm: nn.Module) -> int:
+    """How far above its weight lies what a norm multiplies by: 1 in some families, as what it makes of ones tells."""
+    weight: Any = norm.weight
+    with torch.no_grad():
+        return 0 if hasattr(norm, "bias") else round(float((norm(torch.ones_like(weight)) - weight).mean()))
 
 
 def recover(options: Minitron, state: State, folder: Path) -> dict[str, Any]:
