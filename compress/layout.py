@@ -22,8 +22,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from compress.constant import Absent, Constant
+from compress.declared import declare_
 from compress.errors import LayoutError, nearest
 from compress.sharing import follow_drop_, refuse_folded
+from compress.shortcut import refuse_turning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -151,6 +153,7 @@ class Layout:
             raise LayoutError(f"stack '{stack}' has blocks 0..{old.length - 1}{held}, asked to keep {keep}")
         if len(keep) == old.length:
             return self
+        refuse_turning(record_of(model.config), f"drop blocks of '{stack}'")
         new = replace(old, length=len(keep), caches=tuple(old.caches[i] for i in keep) if old.caches else ())
         order = {origin: index for index, origin in enumerate(keep)}
         axes = [moved for axis in self.axes.values() if (moved := _move(axis, stack, order)) is not None]
@@ -185,7 +188,7 @@ def prefix_of(model: PreTrainedModel) -> str:
 def record_of(config: Any) -> dict[str, Any]:
     """The record of cuts in a config: sizes of the cut axes and, per stack, the original index of each block.
 
-    `linear`, where there is one, names the axes for which a Linear stands.
+    `linear`, where there is one, names the axes for which a Linear stands; `compress.stream` tells of a `stream`.
     """
     entry = getattr(config, "quantization_config", None)
     entry = entry if isinstance(entry, dict) or entry is None else entry.to_dict()  # an object while a model is loaded
@@ -237,12 +240,7 @@ def _select_(module: Any, stored: int, index: Tensor, bias: bool) -> None:
     module.weight = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
     if bias and getattr(module, "bias", None) is not None:
         module.bias = nn.Parameter(module.bias.detach().index_select(0, index), requires_grad=module.bias.requires_grad)
-    if isinstance(module, Conv1D):
-        module.nx, module.nf = weight.shape
-    elif isinstance(module, nn.Embedding):
-        module.num_embeddings, module.embedding_dim = weight.shape
-    else:
-        module.out_features, module.in_features = weight.shape
+    declare_(module)
 
 
 def _remove_(model: PreTrainedModel, axis: Axis) -> None:

@@ -20,6 +20,7 @@ from compress.families import dense_layout
 from compress.layout import RECORD, VERSION, own_record, prefix_of
 from compress.linear import linearise
 from compress.sharing import cure_, hollow_, tie_
+from compress.stream import narrow_stream_, stream_entries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,7 +30,8 @@ class HfCompressConfig(QuantizationConfigMixin):
     """The record of cuts while a model is loaded: `sizes` of the cut axes, and the origins of the `blocks` left.
 
     Where blocks were folded, also which of them are `shared` and `cured`; `compress.sharing` tells of both.
-    `linear` names the axes for which a Linear stands; a model that has had none lacks the entry.
+    `linear` names the axes for which a Linear stands; a model that has had none lacks the entry. `stream` and
+    `shortcuts` are told of in `compress.stream`.
     """
 
     def __init__(
@@ -41,6 +43,8 @@ class HfCompressConfig(QuantizationConfigMixin):
         shared: Mapping[str, str] | None = None,
         cured: Mapping[str, int] | None = None,
         linear: Sequence[str] | None = None,
+        stream: int | None = None,
+        shortcuts: Sequence[str] = (),
     ) -> None:
         if version != VERSION:
             raise LayoutError(
@@ -56,6 +60,8 @@ class HfCompressConfig(QuantizationConfigMixin):
             self.cured = dict(cured)
         if linear is not None:
             self.linear = list(linear)
+        if stream is not None:
+            vars(self).update(stream_entries(stream, shortcuts))
 
 
 class HfCompressQuantizer(HfQuantizer):
@@ -72,12 +78,16 @@ class HfCompressQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         record = self.quantization_config.to_dict()
         shared, cured = record.pop("shared", {}), record.pop("cured", {})
-        linear = record.pop("linear", [])
-        model.config.quantization_config = copy.deepcopy(record)
+        linear, sizes = record.pop("linear", []), record.pop("sizes")
+        stream, shortcuts = record.pop("stream", None), record.pop("shortcuts", [])
+        model.config.quantization_config = {**copy.deepcopy(record), "sizes": {}}
         layout, prefix = dense_layout(model), prefix_of(model)
+        if stream is not None:
+            narrow_stream_(model, layout, stream, shortcuts)
+            own_record(model).update(stream_entries(stream, shortcuts))
         for name in linear:
             layout = linearise(model, layout, prefix + name)
-        for name, size in record["sizes"].items():
+        for name, size in sizes.items():
             layout = layout.cut(model, prefix + name, range(size))
         cure_(model, own_record(model), cured)
         hollow_(model, shared)

@@ -14,15 +14,17 @@ import copy
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from compress.errors import LayoutError
 from compress.layout import ORIGINS, Axis, Layout, Site, record_of, stored_dim
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 HIDDEN = "hidden"  # the name of the residual stream, beside those of axes
 FOLLOWERS = ("embedding_size", "word_embed_proj_dim")  # entries that go with the hidden size where they equal it
@@ -66,7 +68,7 @@ def narrow(model: PreTrainedModel, layout: Layout, keep: Mapping[str, Sequence[i
                 axis = layout.axes[span.name]
                 held = torch.cat([axis.positions(site, chosen[span.name]) for site in span.sites]).sort().values
             weights[parameter] = weights[parameter].index_select(span.dim, held.to(weights[parameter].device))
-    return _filled(model, config, weights)
+    return filled(model, config, weights)
 
 
 def resized(model: PreTrainedModel, layout: Layout, sizes: Mapping[str, int]) -> Any:
@@ -74,8 +76,11 @@ def resized(model: PreTrainedModel, layout: Layout, sizes: Mapping[str, int]) ->
 
     Raises LayoutError where axes that one entry tells differ, or where transformers would refuse the config.
     """
-    if record_of(model.config)["sizes"]:
+    record = record_of(model.config)
+    if record["sizes"]:
         raise LayoutError("this model has widths of its own in some blocks; expected one whose blocks are alike")
+    if "stream" in record:
+        raise LayoutError(f"the stream of this model was sliced to {record['stream']}; expected one that is whole")
     config, before = copy.deepcopy(model.config), model.config.hidden_size
     _become_plain(config)
     hidden = sizes.get(HIDDEN, before)
@@ -167,19 +172,19 @@ def _become_plain(config: Any) -> None:
     del config.quantization_config
 
 
-def _filled(model: PreTrainedModel, config: Any, weights: dict[str, Tensor]) -> PreTrainedModel:
-    """A stock model of the config with the weights, in other things like `model`."""
+def filled(model: PreTrainedModel, config: Any, weights: dict[str, Tensor]) -> PreTrainedModel:
+    """The model that loads with this config and these weights, in other things like `model`."""
     words = {"dtype": model.dtype, "attn_implementation": model.config._attn_implementation}
     loaded: Any = type(model).from_pretrained(
         None, config=config, state_dict=weights, output_loading_info=True, **words
     )
-    filled, told = loaded
+    made, told = loaded
     strange = sorted(told["missing_keys"]) + sorted(told["unexpected_keys"])
     if strange:
         raise LayoutError(f"narrowed, this model has other parameters than before, the first is {strange[0]}")
     if getattr(model, "generation_config", None) is not None:
-        filled.generation_config = copy.deepcopy(model.generation_config)
-    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    for name, parameter in filled.named_parameters():
-        parameter.requires_grad_(trained[name])
-    return filled.to(model.device).train(model.training)
+        made.generation_config = copy.deepcopy(model.generation_config)
+    trained = {name: one.requires_grad for name, one in model.named_parameters(remove_duplicate=False)}
+    for name, parameter in made.named_parameters():
+        parameter.requires_grad_(trained.get(name, True))
+    return made.to(model.device).train(model.training)

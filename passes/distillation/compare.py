@@ -14,6 +14,7 @@ from compress.errors import DataError, TrainingError
 from compress.evaluate import embed
 from compress.layout import record_of
 from compress.state import State
+from compress.stream import width_of
 from passes.distillation.losses import LOSSES
 
 HEAD, STATES = ("logits", "task"), ("hidden", "tokens", "embedding", "similarity")
@@ -36,7 +37,7 @@ class Comparison:
         if readers and state.task.name == "feature-extraction":
             raise TrainingError(f"distill: loss '{readers[0]}' reads predictions, which feature-extraction has not")
         if not same_hidden_width(state) and (unlike := [name for name in SAME_WIDTH if name in self.weights]):
-            mine, theirs = state.model.config.hidden_size, state.dense.model.config.hidden_size
+            mine, theirs = width_of(state.model.config), width_of(state.dense.model.config)
             instead = "similarity" if state.task.name == "feature-extraction" else "logits"
             raise TrainingError(
                 f"distill: loss '{unlike[0]}' compares hidden states, of width {mine} here and {theirs} in the dense "
@@ -104,7 +105,7 @@ class Comparison:
 
 def same_hidden_width(state: State) -> bool:
     """Whether the states of model and teacher can be compared channel by channel."""
-    return state.model.config.hidden_size == state.dense.model.config.hidden_size
+    return width_of(state.model.config) == width_of(state.dense.model.config)
 
 
 def _origins(config: Any, blocks: int) -> Sequence[int]:
