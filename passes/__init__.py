@@ -7,6 +7,7 @@ from passes.pruning.calibrate import Calibrate
 from passes.pruning.depth.drop_blocks import DropBlocks
 from passes.pruning.depth.fold import Fold
 from passes.pruning.replace.puzzle import Puzzle
+from passes.pruning.rotate.slice_hidden import SliceHidden
 from passes.pruning.uniform.minitron import Minitron
 from passes.pruning.vocabulary import Vocabulary
 from passes.pruning.widths.optin import Optin
@@ -22,6 +23,7 @@ PASSES: dict[str, type[Pass]] = {
     "fold": Fold,
     "vocabulary": Vocabulary,
     "minitron": Minitron,
+    "slice_hidden": SliceHidden,
     "puzzle": Puzzle,
     "distill": Distill,
     "finetune": Finetune,

@@ -39,12 +39,23 @@ WAYS: dict[str, list[dict]] = {
         {"parameters": 0.5, "candidates": 1, "recovery_steps": 0},
         {"columns": 16, "recovery_steps": 0, "rescale": True},
     ],
+    "slice_hidden": [{"share": 0.6, "samples": 8}, {"share": 0.7, "samples": 8, "rotations": "each"}],
     "puzzle": [
         {"parameters": 0.8, "samples": 8, "attention": [0.5, "linear", "none"], "ffn": [0.5, "linear", "none"]},
         {"speedups": [1.3], "samples": 8, "attention": [0.5, "linear"], "ffn": [0.5, "linear"], "local_steps": 1},
     ],
 }
-REFUSALS = {("minitron", "whisper"): "expected one number for all blocks"}  # what a pass says to a family it can't cut
+POST_NORM = (
+    "bert", "bert-classifier", "bert-decoder", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "mpnet",
+)  # fmt: skip
+REFUSALS = {  # what a pass says to a family it can't cut
+    ("minitron", "whisper"): "expected one number for all blocks",
+    **{("slice_hidden", name): r"LayerNorm' gives goes into add; expected a pre-norm model" for name in POST_NORM},
+    ("slice_hidden", "gemma3"): r"'model.layers.0.post_attention_layernorm' gives goes into add; expected a pre-norm",
+    ("slice_hidden", "whisper"): r"'model.encoder.conv2.weight' reads what no norm gave",
+    ("slice_hidden", "t5"): r"what 'decoder.final_layer_norm' gives goes into mul",
+    ("slice_hidden", "t5-gated"): r"what 'decoder.final_layer_norm' gives goes into mul",
+}
 CASES = [
     (step, index, name)
     for step, ways in WAYS.items()
