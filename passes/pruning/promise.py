@@ -23,16 +23,19 @@ Sizes = Mapping[str, int]
 
 @dataclass(frozen=True)
 class Menu:
-    """What each axis offers: its sizes in ascending order and, for each size, a loss and a time in milliseconds."""
+    """What each axis offers: its sizes in ascending order and, for each size, a loss and a cost.
+
+    Costs are milliseconds where speed is promised, else parameters.
+    """
 
     sizes: Mapping[str, Sequence[int]]
     losses: Mapping[str, np.ndarray]
-    times: Mapping[str, np.ndarray]
+    costs: Mapping[str, np.ndarray]
 
     def search(self, budget: float) -> Sizes:
-        """The sizes of least summed loss that take at most `budget` milliseconds; raises TargetError if none do."""
+        """The sizes of least summed loss that cost at most `budget`; raises TargetError if none do."""
         names = list(self.sizes)
-        options = solve([self.losses[name] for name in names], [self.times[name] for name in names], budget)
+        options = solve([self.losses[name] for name in names], [self.costs[name] for name in names], budget)
         return {name: self.sizes[name][option] for name, option in zip(names, options, strict=True)}
 
     def weighted(self, coefficients: Sequence[float] | np.ndarray) -> Menu:
@@ -41,21 +44,21 @@ class Menu:
         return replace(self, losses={name: weight * self.losses[name] for name, weight in weights})
 
     def uniform(self, budget: float) -> Sizes:
-        """The largest share, kept alike of every axis, that takes at most `budget` milliseconds; or TargetError."""
+        """The largest share, kept alike of every axis, that costs at most `budget`; raises TargetError if none does."""
         shares = {size / max(sizes) for sizes in self.sizes.values() for size in sizes}
         for share in sorted(shares, reverse=True):
             sizes = {name: self._nearest_below(name, share) for name in self.sizes}
-            if self.milliseconds(sizes) <= budget:
+            if self.cost(sizes) <= budget:
                 return sizes
-        raise TargetError(f"no share kept alike of every axis takes {budget:.4g} ms or less")
+        raise TargetError(f"no share kept alike of every axis costs {budget:.4g} or less")
 
     def fastest(self) -> Sizes:
-        """The sizes that take the least time."""
-        return {name: sizes[int(np.argmin(self.times[name]))] for name, sizes in self.sizes.items()}
+        """The sizes that cost least."""
+        return {name: sizes[int(np.argmin(self.costs[name]))] for name, sizes in self.sizes.items()}
 
-    def milliseconds(self, sizes: Sizes) -> float:
-        """Time of all axes at the given sizes."""
-        return sum(float(self.times[name][self.sizes[name].index(size)]) for name, size in sizes.items())
+    def cost(self, sizes: Sizes) -> float:
+        """What all axes cost at the given sizes."""
+        return sum(float(self.costs[name][self.sizes[name].index(size)]) for name, size in sizes.items())
 
     def loss(self, sizes: Sizes) -> float:
         """Summed loss at the given sizes."""
@@ -125,19 +128,19 @@ def pursue(
     promise, so that noise doesn't break it. `loss` judges sizes, by the menu if it is left out. Raises TargetError if
     by table and by measurement no sizes are fast enough; if only a measurement says so, the promise may end up missed.
     """
-    whole = menu.milliseconds({name: max(sizes) for name, sizes in menu.sizes.items()})
+    whole = menu.cost({name: max(sizes) for name, sizes in menu.sizes.items()})
     rate = min(1.0, present / whole)  # a table can't be right that tells more than the whole model takes
     unexplained = present - rate * whole
     fastest, attempts = menu.fastest(), list[Attempt]()
 
     def attempt(sizes: Sizes) -> float:
         """Try sizes; the milliseconds that nothing so far explains are returned."""
-        expected = unexplained + rate * menu.milliseconds(sizes)
+        expected = unexplained + rate * menu.cost(sizes)
         ratio, lost = trial(sizes), (loss or menu.loss)(sizes)
         attempts.append(Attempt(dict(sizes), lost, dense / expected, ratio.value, ratio.low, ratio.high))
         return dense / ratio.value - expected
 
-    if speedup * (unexplained + rate * menu.milliseconds(fastest)) > dense:
+    if speedup * (unexplained + rate * menu.cost(fastest)) > dense:
         # The machine may have been slow for a moment, so the table's word is put to the test before it is passed on.
         unexplained += attempt(fastest)
         if attempts[0].high < speedup:

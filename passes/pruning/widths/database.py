@@ -124,9 +124,17 @@ def cut_to(state: State, curves: Mapping[str, Curve], sizes: Mapping[str, int], 
     for name, size in sizes.items():
         if size < state.layout.axis(name).units:
             kept = curves[name].kept(size)
+            for site in branch.layout.axis(name).readers:
+                own_(projection(branch.model, site))
             silence_(branch.model, branch.layout, name, kept, fit)
             branch.cut(name, kept)
     return branch
+
+
+def own_(module: nn.Module) -> None:
+    """Give a module parameters of its own in place of those that it shares with another model's."""
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        setattr(module, name, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
 
 
 def projection(model: PreTrainedModel, site: Site) -> nn.Linear:
