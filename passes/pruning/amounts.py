@@ -17,7 +17,7 @@ def counted(model: PreTrainedModel) -> int:
 
 
 def of_one_unit(model: PreTrainedModel, axis: Axis) -> int:
-    """Parameters that go with each unit of an axis, at the present sizes of the others; tables are left out here too."""
+    """Parameters that go with each unit of an axis at the present sizes of others, tables left out as well."""
     total = 0
     for site in axis.sites:
         module = model.get_submodule(site.module)

@@ -35,7 +35,7 @@ class Fold(Pass):
     groups: int | None = Field(
         default=None,
         ge=1,
-        description="groups in each stack at most, the most similar; left out, as many as there is room for",
+        description="groups in each stack at most, the most similar; left out, as many as have room",
     )
     samples: int = Field(default=128, ge=1, description="calibration rows that gates and similarities are read from")
     batch_size: int = Field(default=16, ge=1, description="rows a batch, also when curing")
