@@ -1,7 +1,8 @@
 """Keep a promised speed-up: choose sizes from a table of times, measure the model they make, correct, choose again.
 
-A latency table adds up times of modules measured alone, and the whole model takes a little more or less. So what the
-table doesn't explain is measured after every attempt and taken off the next one's budget.
+A latency table adds up times of modules measured alone, and the whole model takes more or less: a little where the
+machine is quiet, much where it was busy when the table was made. So each attempt is measured, and the next one's budget
+lies on the straight line between the two measured models next to the aim, whatever the table says of them.
 """
 
 from __future__ import annotations
@@ -110,6 +111,34 @@ class Promise:
         return {"promised": self.speedup, "met": self.met, **best, "attempts": attempts, "warnings": missed}
 
 
+@dataclass
+class Clock:
+    """Milliseconds that a model takes, by what its sizes cost on the menu.
+
+    Between two of the measured `points` (cost, milliseconds) time is a straight line; beyond them it goes by `rate`.
+    """
+
+    rate: float
+    points: list[tuple[float, float]]
+
+    def milliseconds(self, cost: float) -> float:
+        """The time to be expected at a cost."""
+        costs, times = self._line()
+        beyond = min(cost - costs[0], 0.0) + max(cost - costs[-1], 0.0)
+        return float(np.interp(cost, costs, times)) + self.rate * beyond
+
+    def cost(self, milliseconds: float) -> float:
+        """The cost at which that time is to be expected."""
+        costs, times = self._line()
+        beyond = min(milliseconds - times[0], 0.0) + max(milliseconds - times[-1], 0.0)
+        return float(np.interp(milliseconds, times, costs)) + beyond / self.rate
+
+    def _line(self) -> tuple[np.ndarray, np.ndarray]:
+        """The points by rising cost; noise is kept from letting times fall."""
+        costs, times = np.array(sorted(self.points)).T
+        return costs, np.maximum.accumulate(times)
+
+
 def pursue(
     speedup: float,
     menu: Menu,
@@ -129,33 +158,38 @@ def pursue(
     by table and by measurement no sizes are fast enough; if only a measurement says so, the promise may end up missed.
     """
     whole = menu.cost({name: max(sizes) for name, sizes in menu.sizes.items()})
-    rate = min(1.0, present / whole)  # a table can't be right that tells more than the whole model takes
-    unexplained = present - rate * whole
+    # A table can't be right that tells more than the whole model takes.
+    clock = Clock(min(1.0, present / whole), [(whole, present)])
     fastest, attempts = menu.fastest(), list[Attempt]()
 
-    def attempt(sizes: Sizes) -> float:
-        """Try sizes; the milliseconds that nothing so far explains are returned."""
-        expected = unexplained + rate * menu.cost(sizes)
-        ratio, lost = trial(sizes), (loss or menu.loss)(sizes)
+    def attempt(sizes: Sizes) -> Attempt:
+        """Try sizes, and know their time from then on."""
+        cost = menu.cost(sizes)
+        expected, ratio, lost = clock.milliseconds(cost), trial(sizes), (loss or menu.loss)(sizes)
+        clock.points.append((cost, dense / ratio.value))
         attempts.append(Attempt(dict(sizes), lost, dense / expected, ratio.value, ratio.low, ratio.high))
-        return dense / ratio.value - expected
+        return attempts[-1]
 
-    if speedup * (unexplained + rate * menu.cost(fastest)) > dense:
+    if speedup * clock.milliseconds(menu.cost(fastest)) > dense:
         # The machine may have been slow for a moment, so the table's word is put to the test before it is passed on.
-        unexplained += attempt(fastest)
-        if attempts[0].high < speedup:
+        best = attempt(fastest)
+        if best.high < speedup:
             raise TargetError(
                 f"a speed-up of {speedup:g}x is out of reach on this target; "
-                f"the fastest sizes measure {attempts[0].measured:.3g}x"
+                f"the fastest sizes measure {best.measured:.3g}x"
             )
-    for _ in range(1 + corrections):
+    def within(budget: float) -> Sizes:
         try:
-            sizes = choose((dense / (speedup * (1 + tolerance)) - unexplained) / rate)
+            return choose(budget)
         except TargetError:
-            sizes = fastest
+            return fastest
+
+    for _ in range(1 + corrections):
+        sizes = within(clock.cost(dense / (speedup * (1 + tolerance))))
+        if any(tried.sizes == sizes and tried.measured < speedup for tried in attempts):
+            sizes = within(float(np.nextafter(menu.cost(sizes), -np.inf)))  # the next below it
         if any(tried.sizes == sizes for tried in attempts):
             break
-        unexplained += attempt(sizes)
-        if speedup <= attempts[-1].measured <= speedup * (1 + 3 * tolerance):
+        if speedup <= attempt(sizes).measured <= speedup * (1 + 3 * tolerance):
             break
     return Promise(speedup, attempts)
