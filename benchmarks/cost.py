@@ -5,7 +5,7 @@
 The model is MiniLM-L6 unless another is given. The plan runs in a process of its own (`--prune FOLDER`), with an empty
 cache, so that its memory is its own. Memory counts in dense models, the dense model among it: the most that the process
 and those it starts held at a time and the system could not drop, so without pages that are mapped from files, less what
-was held once the data was read and the libraries had exported and measured one small layer. Needs Linux.
+each held when the data was read and the libraries had exported and measured one small layer. Needs Linux.
 """
 
 from __future__ import annotations
@@ -37,30 +37,41 @@ STARTS = {
 }
 
 
-def held() -> int:
-    """Bytes that this process and those below it hold and the system can't drop; shared ones count once."""
-    here, total = psutil.Process(), 0
-    for process in (here, *here.children(recursive=True)):
-        try:
-            lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
-        except (OSError, ValueError):  # it has ended meanwhile
-            continue
-        total += sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss_Anon"))
-    return total
+def held() -> tuple[int, int]:
+    """Bytes that this process, and those below it, hold and the system can't drop; shared ones are shared out."""
+    here = psutil.Process()
+    mine, *others = (anonymous(process.pid) for process in (here, *here.children(recursive=True)))
+    return mine, sum(others)
+
+
+def anonymous(pid: int) -> int:
+    """Bytes of a process that are mapped from no file; none once it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except (OSError, ValueError):
+        return 0
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("Pss_Anon"))
 
 
 class Peak:
-    """The most that was held inside a `with`, looked at ten times a second."""
+    """The most that was held inside a `with`, looked at ten times a second, less what libraries take."""
+
+    def __init__(self, mine: int = 0, others: int = 0) -> None:
+        self.libraries, self.over = (mine, others), Event()
+        self.bytes = self.others = 0
 
     def __enter__(self) -> Peak:
-        self.bytes, self.over = held(), Event()
         self.watch = Thread(target=self.look, daemon=True)
         self.watch.start()
         return self
 
     def look(self) -> None:
         while not self.over.wait(0.1):
-            self.bytes = max(self.bytes, held())
+            found = held()
+            self.others = max(self.others, found[1])
+            self.bytes = max(
+                self.bytes, sum(max(0, now - before) for now, before in zip(found, self.libraries, strict=True))
+            )
 
     def __exit__(self, *met: object) -> None:
         self.over.set()
@@ -91,15 +102,14 @@ def prune(model: str, folder: Path) -> dict[str, float]:
     dense = sum(one.numel() * one.element_size() for one in run.state(None).model.parameters())
     for split in run.data.splits:
         run.data.count(split)
-    use_libraries(folder.parent)
-    before = held()
-    with Peak() as peak:
+    with Peak() as small:
+        use_libraries(folder.parent)
+    with Peak(held()[0], small.others) as peak:
         run.go()
     rows = [store.row_of(run.folder(node)) for node in plan.nodes()]
     found = {f"{row['pass']} (s)": row["seconds"] for row in rows}
     attempts = len(rows[-1]["figures"]["attempts"])
-    extra = (peak.bytes - before) / dense
-    return {**found, "models built and measured": attempts, "peak memory (dense models)": 1 + extra}
+    return {**found, "models built and measured": attempts, "peak memory (dense models)": 1 + peak.bytes / dense}
 
 
 def start(words: list[str]) -> float:

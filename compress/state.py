@@ -19,6 +19,7 @@ from compress.data import Data
 from compress.errors import TargetError
 from compress.families import layout_of
 from compress.layout import Layout, prefix_of, record_of
+from compress.memory import release
 from compress.runtimes import RUNTIMES, example_inputs
 from compress.runtimes.examples import longest_sequence
 from compress.target import Target
@@ -139,6 +140,7 @@ class State:
         unfinished.mkdir(parents=True)
         inputs = example_inputs(model, self.tokenizer, batch=2, sequence=min(self.target.sequence, 16))
         RUNTIMES[self.target.chosen].build(model, inputs, unfinished, cache=self.task.generates)
+        release()
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
 

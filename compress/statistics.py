@@ -20,9 +20,9 @@ def moments(model: PreTrainedModel, modules: Sequence[str], batches: Batches) ->
     """Mean and Gram matrix of the inputs ``x`` (in,) of each named linear module, over all tokens but padding.
 
     Returns, for each module, ``{module}.gram``: mean of ``x x^T`` (in, in), ``{module}.mean``: mean of ``x`` (in,),
-    both float32 and divided by the number of tokens, and ``{module}.count``: that number. Each is one float32
-    matrix from the first batch on, a running mean, as a sum would lose digits while it grows. Raises DataError where there is no token to read, or
-    where the inputs of a module aren't finite.
+    both float32 and divided by the number of tokens, and ``{module}.count``: that number. One float32 matrix a module
+    is held, a running mean, as a sum would lose digits while it grows. Raises DataError where there is no token to
+    read, or where the inputs of a module aren't finite.
     """
     means = {name: _Means() for name in modules}
     mask: Tensor | None = None

@@ -178,6 +178,7 @@ def pursue(
                 f"a speed-up of {speedup:g}x is out of reach on this target; "
                 f"the fastest sizes measure {best.measured:.3g}x"
             )
+
     def within(budget: float) -> Sizes:
         try:
             return choose(budget)
