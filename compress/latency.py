@@ -25,6 +25,7 @@ from transformers import DynamicCache, PreTrainedModel
 from compress.errors import LayoutError, nearest
 from compress.layout import Axis, Layout
 from compress.measure import interleave, measure
+from compress.memory import release
 from compress.parts import Call, Part, captured, cut, part
 from compress.progress import track
 from compress.runtimes import RUNTIMES
@@ -212,6 +213,7 @@ def _measured(
                 runtime.build_module(one.cpu(), [tensor.cpu() for tensor in one.inputs], Path(scratch, f"{i}.onnx"))
                 for i, one in enumerate(tracked)
             ]
+            release()
             once = target.model_copy(update={"generate": None})
             single = [timing.milliseconds for timing in measure(built, once, seconds=SECONDS)]
         else:

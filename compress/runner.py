@@ -27,6 +27,7 @@ from compress.contract import FACTS, TEACHER
 from compress.data import Data
 from compress.errors import CompressError, DataError
 from compress.families import layout_of
+from compress.memory import release
 from compress.plan import Node, Plan, leaves
 from compress.plan.world import MARKER, unusable
 from compress.progress import say
@@ -148,6 +149,7 @@ class Run:
                 "figures": result.figures,
             }
             store.keep(result, self.folder(node), row)
+            release()
             started = time.monotonic()
         shutil.rmtree(state.workshop.step, ignore_errors=True)
 

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from compress.contract import FACTS, VOCABULARY, Fact, Pass, stale_after
@@ -18,6 +19,7 @@ from compress.data import Data
 from compress.errors import TargetError
 from compress.families import layout_of
 from compress.layout import Layout, prefix_of, record_of
+from compress.memory import release
 from compress.runtimes import RUNTIMES, example_inputs
 from compress.runtimes.examples import longest_sequence
 from compress.target import Target
@@ -138,13 +140,21 @@ class State:
         unfinished.mkdir(parents=True)
         inputs = example_inputs(model, self.tokenizer, batch=2, sequence=min(self.target.sequence, 16))
         RUNTIMES[self.target.chosen].build(model, inputs, unfinished, cache=self.task.generates)
+        release()
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
 
     def branch(self) -> State:
-        """A state of its own for one of several models that a pass yields; facts and data are shared, not copied."""
+        """A state of its own for one of several models that a pass yields; facts and data are shared, not copied.
+
+        So is the memory of all weights: a cut makes new ones and leaves the old model its own, but whoever writes into
+        a weight in place gives its module one of its own first.
+        """
+        model = self.model
+        shared: dict[int, Any] = {id(one): nn.Parameter(one.detach(), one.requires_grad) for one in model.parameters()}
+        shared |= {id(one): one.detach() for one in model.buffers()}
         return State(
-            copy.deepcopy(self.model), self.tokenizer, self.layout, self.task, self.target, self.workshop,
+            copy.deepcopy(model, shared), self.tokenizer, self.layout, self.task, self.target, self.workshop,
             self.dense, self.data, dict(self.facts), dict(self.figures), dict(self.kept),
         )  # fmt: skip
 

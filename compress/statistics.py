@@ -27,30 +27,30 @@ def moments(
     A `view` of them, (tokens, in) -> (tokens, in), is looked at in place of the inputs themselves.
 
     Returns, for each module, ``{module}.gram``: mean of ``x x^T`` (in, in), ``{module}.mean``: mean of ``x`` (in,),
-    both float32 and divided by the number of tokens, and ``{module}.count``: that number. Products are float32 for
-    each batch and summed in float64, one matrix a module. Raises DataError where there is no token to read, or where
-    the inputs of a module aren't finite.
+    both float32 and divided by the number of tokens, and ``{module}.count``: that number. One float32 matrix a module
+    is held, a running mean, as a sum would lose digits while it grows. Raises DataError where there is no token to
+    read, or where the inputs of a module aren't finite.
     """
-    sums = {name: _Sums() for name in modules}
+    means = {name: _Means() for name in modules}
     mask: Tensor | None = None
 
-    def reading(sum_: _Sums) -> Any:
+    def reading(mean: _Means) -> Any:
         def hook(module: nn.Module, inputs: Any) -> None:
             rows = real_rows(inputs[0].detach(), mask)
-            sum_.add_(rows if view is None else view(rows))
+            mean.add_(rows if view is None else view(rows))
 
         return hook
 
     with ExitStack() as hooks, frozen(model):
-        for name, sum_ in sums.items():
-            handle = model.get_submodule(name).register_forward_pre_hook(reading(sum_))
+        for name, mean in means.items():
+            handle = model.get_submodule(name).register_forward_pre_hook(reading(mean))
             hooks.callback(handle.remove)
         for batch in batches:
             mask = batch.get("attention_mask")
             run_body(model, batch)
     facts: dict[str, Any] = {}
-    for name, sum_ in sums.items():
-        facts |= sum_.facts(name)
+    for name, mean in means.items():
+        facts |= mean.facts(name)
     return facts
 
 
@@ -83,26 +83,28 @@ def real_rows(inputs: Tensor, mask: Tensor | None) -> Tensor:
     return rows[mask.flatten().to(rows.device).bool()]
 
 
-class _Sums:
-    """Running sums over the tokens one module has read."""
+class _Means:
+    """Running means over the tokens one module has read."""
 
     def __init__(self) -> None:
         self.count = 0
         self.gram: Tensor
-        self.total: Tensor
+        self.mean: Tensor
 
     def add_(self, rows: Tensor) -> None:
+        if not len(rows):
+            return
         if not self.count:
-            self.gram = rows.new_zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
-            self.total = rows.new_zeros(rows.shape[1], dtype=torch.float64)
+            self.gram = rows.new_zeros(rows.shape[1], rows.shape[1])
+            self.mean = rows.new_zeros(rows.shape[1])
         self.count += len(rows)
-        self.gram += rows.T @ rows
-        self.total += rows.sum(0, dtype=torch.float64)
+        before, each = 1 - len(rows) / self.count, 1 / self.count
+        self.gram.addmm_(rows.T, rows, beta=before, alpha=each)
+        self.mean.mul_(before).add_(rows.sum(0), alpha=each)
 
     def facts(self, name: str) -> dict[str, Any]:
         if not self.count:
             raise DataError(f"no calibration token has reached '{name}'; expected at least one batch with text")
-        gram, mean = self.gram / self.count, self.total / self.count
-        if not (gram.isfinite().all() and mean.isfinite().all()):
+        if not (self.gram.isfinite().all() and self.mean.isfinite().all()):
             raise DataError(f"the inputs of '{name}' are not finite on the calibration text")
-        return {f"{name}.gram": gram.float(), f"{name}.mean": mean.float(), f"{name}.count": self.count}
+        return {f"{name}.gram": self.gram, f"{name}.mean": self.mean, f"{name}.count": self.count}

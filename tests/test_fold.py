@@ -180,6 +180,9 @@ def test_dropping_blocks_of_a_group_keeps_the_rest_shared(keep, shared, cured, t
 def test_groups_are_many_first_and_alike_second(similar, size, runs):
     fits = [[True] * len(similar)] * len(similar)
     assert partition(similar, size, fits) == runs
+    fewer = partition(similar, size, fits, 1)
+    assert len(fewer) == min(1, len(runs))
+    assert all(sum(similar[r.start + 1 : r.stop]) <= sum(similar[f.start + 1 : f.stop]) for r in runs for f in fewer)
 
 
 def test_blocks_of_other_shapes_are_not_grouped(tmp_path):

@@ -100,6 +100,15 @@ def test_least_squares_is_the_optimum():
     assert least_squares(weight, gram, torch.tensor([], dtype=torch.long)).shape == (4, 0)
 
 
+def test_about_the_mean_is_the_fit_to_the_covariance():
+    (weight,), (gram,) = problem(10, 1, 4, 1)
+    mean, kept = torch.linspace(-1, 1, 10, dtype=torch.float64), torch.tensor([0, 3, 4, 8])
+    about_zero = gram + torch.outer(mean, mean)
+    fitted = least_squares(weight, about_zero, kept, 0.01, mean)
+    torch.testing.assert_close(fitted, least_squares(weight, gram, kept, 0.01))
+    assert not torch.allclose(fitted, least_squares(weight, about_zero, kept, 0.01))
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_surgery_loses_less_than_magnitude(seed):
     (weight,), (gram,) = problem(32, 1, 8, 1, seed)

@@ -21,6 +21,7 @@ WAYS: dict[str, list[dict]] = {
     "ziplm": [
         {"speedups": [1.3], "prior": "relative"},
         {"speedups": [1.3], "prior": "relative", "search": "spdy", "search_trials": 2, "search_samples": 8},
+        {"parameters": 0.6, "prior": "relative"},
     ],
     "prune": [{"speedups": [1.3], "prior": "relative"}],
     "optin": [{"speedups": [1.3], "samples": 16, "groups": 3}],

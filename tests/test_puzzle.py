@@ -16,9 +16,10 @@ from compress.latency import Curve, Table
 from compress.layout import record_of
 from compress.linear import linearise
 from passes import PASSES
+from passes.pruning.amounts import counted
 from passes.pruning.replace.local import Local, examples_of, fit_linear, library, normalised_error
 from passes.pruning.replace.mip import choose
-from passes.pruning.replace.replacement import cached_tokens, counted, milliseconds, replacement_scores
+from passes.pruning.replace.replacement import cached_tokens, milliseconds, replacement_scores
 from passes.pruning.replace.variants import Variant, contributions, importance, offered, place_, twin
 from tests.conftest import TINY, answer
 from tests.paper import EVERYTHING, PER_UNIT, Paper, state_of

@@ -41,7 +41,7 @@ class Toy:
         self.true = {name: np.sort(generator.uniform(0, 1, SIZES))[::-1] for name in names}
         told = {name: loss * 10 ** generator.uniform(-1, 1) for name, loss in self.true.items()}
         self.menu = Menu(sizes, told, times)
-        least, most = (self.menu.milliseconds(dict.fromkeys(names, level)) for level in (0, SIZES - 1))
+        least, most = (self.menu.cost(dict.fromkeys(names, level)) for level in (0, SIZES - 1))
         self.budget = least + generator.uniform(0.3, 0.7) * (most - least)
         self.judged: list[dict[str, int]] = []
 
@@ -51,7 +51,7 @@ class Toy:
 
     def best(self) -> float:
         every = (dict(zip(self.true, levels, strict=True)) for levels in itertools.product(range(SIZES), repeat=AXES))
-        return min(self.loss(sizes) for sizes in every if self.menu.milliseconds(sizes) <= self.budget)
+        return min(self.loss(sizes) for sizes in every if self.menu.cost(sizes) <= self.budget)
 
 
 SEARCHES = {
@@ -80,14 +80,14 @@ def test_nothing_over_the_budget_is_ever_judged_and_corrections_keep_what_was_le
     toy = Toy(seed)
     choose = SEARCHES[search](toy)
     first = choose(toy.budget)
-    assert all(toy.menu.milliseconds(sizes) <= toy.budget for sizes in toy.judged)
+    assert all(toy.menu.cost(sizes) <= toy.budget for sizes in toy.judged)
     work = len(toy.judged)
     toy.judged.clear()
-    least = toy.menu.milliseconds(toy.menu.fastest())
+    least = toy.menu.cost(toy.menu.fastest())
     tighter = least + 0.7 * (toy.budget - least)
     second = choose(tighter)
-    assert toy.menu.milliseconds(second) <= tighter
-    assert all(toy.menu.milliseconds(sizes) <= tighter for sizes in toy.judged)
+    assert toy.menu.cost(second) <= tighter
+    assert all(toy.menu.cost(sizes) <= tighter for sizes in toy.judged)
     assert len(toy.judged) < work / 2
     assert choose(toy.budget) == first or toy.loss(choose(toy.budget)) <= toy.loss(first)
     with pytest.raises(TargetError):
@@ -166,7 +166,7 @@ def test_a_stitched_model_is_the_silenced_and_refitted_one(name, output, tmp_pat
             silence_(silenced, state.layout, axis, curves[axis].kept(size), fit)
         with torch.no_grad():
             expected = change(silenced, batches, [output.read(state.model, batch) for batch in batches], output)
-        assert fitness(sizes) == pytest.approx(expected, rel=1e-4)
+        assert fitness(sizes) == pytest.approx(expected, rel=1e-4, abs=1e-7)  # what float32 leaves of a small KL
         assert fitness(sizes, 1 / len(batches)) != fitness(sizes)
         assert expected > 1e-6
     again = Fitness(state.model, state.layout, curves, fit, batches, output)

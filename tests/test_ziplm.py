@@ -14,6 +14,7 @@ from compress.contract import STATISTICS, TEACHER, Part
 from compress.errors import DataError, LayoutError, TargetError
 from compress.statistics import run_body
 from passes import PASSES
+from passes.pruning.amounts import counted, of_one_unit
 from passes.pruning.calibrate import Calibrate, calibration
 from passes.pruning.promise import Menu, pursue
 from passes.pruning.widths.database import Curve, Fit, cut_to, silence_, surgery
@@ -37,8 +38,10 @@ def bert(tmp_path):
 
 
 def body(state, model=None):
+    model, batch = model or state.model, next(state.data.batches("calibration", 40))
+    batch = {name: value.to(model.dtype) if value.is_floating_point() else value for name, value in batch.items()}
     with torch.no_grad():
-        return run_body(model or state.model, next(state.data.batches("calibration", 40)))
+        return run_body(model, batch)
 
 
 def half(state):
@@ -59,7 +62,8 @@ def test_cut_and_refitted_equals_silenced_and_refitted(tiny, tmp_path):
         silenced = tiny.build()
         for name, size in sizes.items():
             silence_(silenced, state.layout, name, curves[name].kept(size), fit)
-        torch.testing.assert_close(body(state, cut.model), body(state, silenced), rtol=1e-3, atol=1e-4)
+        # Large weights and unscaled attention make of a rounding error anything: equal weights are compared in float64.
+        torch.testing.assert_close(body(state, cut.model.double()), body(state, silenced.double()))
     assert all(torch.equal(before[name], value) for name, value in state.model.state_dict().items())
 
 
@@ -201,15 +205,24 @@ def test_out_of_reach_by_table_and_measurement_is_an_error_that_tells_the_fastes
         pursue(6.0, menu, menu.search, trial_of(TRUTHS["slower"]), 50.0, 50.0, 3, 0.01)
 
 
-@pytest.mark.parametrize("slowness", [1.2, 1.4, 1.6])
+@pytest.mark.parametrize("slowness", [0.6, 1.2, 1.6, 2.5, 4.0])
 def test_a_slow_moment_puts_nothing_out_of_reach(slowness):
-    """The dense model was timed while the machine was slow, the table when it was not."""
+    """The dense model was timed while the machine was slow, or the table was."""
     menu = simple_menu()
-    promise = pursue(
-        4.0, menu, menu.search, trial_of(TRUTHS["as the table says"]), 50.0 * slowness, 50.0 * slowness, 3, 0.01
-    )
+    slow = 50.0 * slowness
+    promise = pursue(4.0, menu, menu.search, trial_of(TRUTHS["as the table says"]), slow, slow, 3, 0.01)
     assert promise.met
     assert promise.best.measured < 5
+
+
+@pytest.mark.parametrize("bend", [0.5, 2.0])
+@pytest.mark.parametrize("speedup", [1.5, 3.0, 8.0])
+def test_a_table_that_is_all_wrong_is_no_obstacle(bend, speedup):
+    menu = simple_menu(units=200)
+    trial = trial_of(lambda sizes: 1 + 49 * (sum(sizes.values()) / 400) ** bend)
+    promise = pursue(speedup, menu, menu.search, trial, 50.0, 50.0, 6, 0.01)
+    assert promise.met
+    assert promise.best.measured < speedup * 1.2
 
 
 def test_out_of_reach_by_measurement_is_told_as_missed():
@@ -352,7 +365,8 @@ def test_contracts():
     ("options", "said"),
     [
         ({"speedups": (0.5,)}, "greater than or equal to 1"),
-        ({"speedups": ()}, "at least 1 item"),
+        ({}, "neither given; expected one of speedups and parameters"),
+        ({"speedups": (2,), "parameters": 0.5}, "both given"),
         ({"speedups": (2, 3, 2)}, "2 is listed more than once"),
         ({"speedups": (2,), "damping": 0}, "greater than 0"),
         ({"speedups": (2,), "kinds": ("rows",)}, "'heads' or 'columns'"),
@@ -362,6 +376,15 @@ def test_contracts():
 def test_wrong_options_are_told(options, said):
     with pytest.raises(ValidationError, match=said):
         ZipLM(**options)
+
+
+@pytest.mark.parametrize("share", [0.8, 0.4])
+def test_a_budget_of_parameters_is_kept_and_used_up(tiny, tmp_path, share):
+    state = state_of(tiny, tmp_path)
+    whole, largest = counted(state.model), max(of_one_unit(state.model, axis) for axis in state.layout.axes.values())
+    (small,) = Prune(parameters=share, criterion="magnitude", allocation="search", prior="loss").run(state)
+    assert small.figures["kept"] == counted(small.model) / whole <= share
+    assert counted(small.model) > share * whole - 2 * largest
 
 
 def test_the_table_of_passes_is_read_without_torch():

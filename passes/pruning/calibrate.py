@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from compress.data import Data
     from compress.state import State
 
-BATCH = 32
+BATCH = 16
 
 
 class Calibrate(Pass):

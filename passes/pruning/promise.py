@@ -1,7 +1,8 @@
 """Keep a promised speed-up: choose sizes from a table of times, measure the model they make, correct, choose again.
 
-A latency table adds up times of modules measured alone, and the whole model takes a little more or less. So what the
-table doesn't explain is measured after every attempt and taken off the next one's budget.
+A latency table adds up times of modules measured alone, and the whole model takes more or less: a little where the
+machine is quiet, much where it was busy when the table was made. So each attempt is measured, and the next one's budget
+lies on the straight line between the two measured models next to the aim, whatever the table says of them.
 """
 
 from __future__ import annotations
@@ -23,16 +24,19 @@ Sizes = Mapping[str, int]
 
 @dataclass(frozen=True)
 class Menu:
-    """What each axis offers: its sizes in ascending order and, for each size, a loss and a time in milliseconds."""
+    """What each axis offers: its sizes in ascending order and, for each size, a loss and a cost.
+
+    Costs are milliseconds where speed is promised, else parameters.
+    """
 
     sizes: Mapping[str, Sequence[int]]
     losses: Mapping[str, np.ndarray]
-    times: Mapping[str, np.ndarray]
+    costs: Mapping[str, np.ndarray]
 
     def search(self, budget: float) -> Sizes:
-        """The sizes of least summed loss that take at most `budget` milliseconds; raises TargetError if none do."""
+        """The sizes of least summed loss that cost at most `budget`; raises TargetError if none do."""
         names = list(self.sizes)
-        options = solve([self.losses[name] for name in names], [self.times[name] for name in names], budget)
+        options = solve([self.losses[name] for name in names], [self.costs[name] for name in names], budget)
         return {name: self.sizes[name][option] for name, option in zip(names, options, strict=True)}
 
     def weighted(self, coefficients: Sequence[float] | np.ndarray) -> Menu:
@@ -41,21 +45,21 @@ class Menu:
         return replace(self, losses={name: weight * self.losses[name] for name, weight in weights})
 
     def uniform(self, budget: float) -> Sizes:
-        """The largest share, kept alike of every axis, that takes at most `budget` milliseconds; or TargetError."""
+        """The largest share, kept alike of every axis, that costs at most `budget`; raises TargetError if none does."""
         shares = {size / max(sizes) for sizes in self.sizes.values() for size in sizes}
         for share in sorted(shares, reverse=True):
             sizes = {name: self._nearest_below(name, share) for name in self.sizes}
-            if self.milliseconds(sizes) <= budget:
+            if self.cost(sizes) <= budget:
                 return sizes
-        raise TargetError(f"no share kept alike of every axis takes {budget:.4g} ms or less")
+        raise TargetError(f"no share kept alike of every axis costs {budget:.4g} or less")
 
     def fastest(self) -> Sizes:
-        """The sizes that take the least time."""
-        return {name: sizes[int(np.argmin(self.times[name]))] for name, sizes in self.sizes.items()}
+        """The sizes that cost least."""
+        return {name: sizes[int(np.argmin(self.costs[name]))] for name, sizes in self.sizes.items()}
 
-    def milliseconds(self, sizes: Sizes) -> float:
-        """Time of all axes at the given sizes."""
-        return sum(float(self.times[name][self.sizes[name].index(size)]) for name, size in sizes.items())
+    def cost(self, sizes: Sizes) -> float:
+        """What all axes cost at the given sizes."""
+        return sum(float(self.costs[name][self.sizes[name].index(size)]) for name, size in sizes.items())
 
     def loss(self, sizes: Sizes) -> float:
         """Summed loss at the given sizes."""
@@ -107,6 +111,34 @@ class Promise:
         return {"promised": self.speedup, "met": self.met, **best, "attempts": attempts, "warnings": missed}
 
 
+@dataclass
+class Clock:
+    """Milliseconds that a model takes, by what its sizes cost on the menu.
+
+    Between two of the measured `points` (cost, milliseconds) time is a straight line; beyond them it goes by `rate`.
+    """
+
+    rate: float
+    points: list[tuple[float, float]]
+
+    def milliseconds(self, cost: float) -> float:
+        """The time to be expected at a cost."""
+        costs, times = self._line()
+        beyond = min(cost - costs[0], 0.0) + max(cost - costs[-1], 0.0)
+        return float(np.interp(cost, costs, times)) + self.rate * beyond
+
+    def cost(self, milliseconds: float) -> float:
+        """The cost at which that time is to be expected."""
+        costs, times = self._line()
+        beyond = min(milliseconds - times[0], 0.0) + max(milliseconds - times[-1], 0.0)
+        return float(np.interp(milliseconds, times, costs)) + beyond / self.rate
+
+    def _line(self) -> tuple[np.ndarray, np.ndarray]:
+        """The points by rising cost; noise is kept from letting times fall."""
+        costs, times = np.array(sorted(self.points)).T
+        return costs, np.maximum.accumulate(times)
+
+
 def pursue(
     speedup: float,
     menu: Menu,
@@ -125,34 +157,40 @@ def pursue(
     promise, so that noise doesn't break it. `loss` judges sizes, by the menu if it is left out. Raises TargetError if
     by table and by measurement no sizes are fast enough; if only a measurement says so, the promise may end up missed.
     """
-    whole = menu.milliseconds({name: max(sizes) for name, sizes in menu.sizes.items()})
-    rate = min(1.0, present / whole)  # a table can't be right that tells more than the whole model takes
-    unexplained = present - rate * whole
+    whole = menu.cost({name: max(sizes) for name, sizes in menu.sizes.items()})
+    # A table can't be right that tells more than the whole model takes.
+    clock = Clock(min(1.0, present / whole), [(whole, present)])
     fastest, attempts = menu.fastest(), list[Attempt]()
 
-    def attempt(sizes: Sizes) -> float:
-        """Try sizes; the milliseconds that nothing so far explains are returned."""
-        expected = unexplained + rate * menu.milliseconds(sizes)
-        ratio, lost = trial(sizes), (loss or menu.loss)(sizes)
+    def attempt(sizes: Sizes) -> Attempt:
+        """Try sizes, and know their time from then on."""
+        cost = menu.cost(sizes)
+        expected, ratio, lost = clock.milliseconds(cost), trial(sizes), (loss or menu.loss)(sizes)
+        clock.points.append((cost, dense / ratio.value))
         attempts.append(Attempt(dict(sizes), lost, dense / expected, ratio.value, ratio.low, ratio.high))
-        return dense / ratio.value - expected
+        return attempts[-1]
 
-    if speedup * (unexplained + rate * menu.milliseconds(fastest)) > dense:
+    if speedup * clock.milliseconds(menu.cost(fastest)) > dense:
         # The machine may have been slow for a moment, so the table's word is put to the test before it is passed on.
-        unexplained += attempt(fastest)
-        if attempts[0].high < speedup:
+        best = attempt(fastest)
+        if best.high < speedup:
             raise TargetError(
                 f"a speed-up of {speedup:g}x is out of reach on this target; "
-                f"the fastest sizes measure {attempts[0].measured:.3g}x"
+                f"the fastest sizes measure {best.measured:.3g}x"
             )
-    for _ in range(1 + corrections):
+
+    def within(budget: float) -> Sizes:
         try:
-            sizes = choose((dense / (speedup * (1 + tolerance)) - unexplained) / rate)
+            return choose(budget)
         except TargetError:
-            sizes = fastest
+            return fastest
+
+    for _ in range(1 + corrections):
+        sizes = within(clock.cost(dense / (speedup * (1 + tolerance))))
+        if any(tried.sizes == sizes and tried.measured < speedup for tried in attempts):
+            sizes = within(float(np.nextafter(menu.cost(sizes), -np.inf)))  # the next below it
         if any(tried.sizes == sizes for tried in attempts):
             break
-        unexplained += attempt(sizes)
-        if speedup <= attempts[-1].measured <= speedup * (1 + 3 * tolerance):
+        if speedup <= attempt(sizes).measured <= speedup * (1 + 3 * tolerance):
             break
     return Promise(speedup, attempts)

@@ -32,6 +32,11 @@ class Fold(Pass):
         default="gates", description="what tells the blocks needed least: trained gates, or input and output alike"
     )
     group: int = Field(default=2, ge=1, description="neighbouring blocks with one set of matrices; 1 shares nothing")
+    groups: int | None = Field(
+        default=None,
+        ge=1,
+        description="groups in each stack at most, the most similar; left out, as many as have room",
+    )
     samples: int = Field(default=128, ge=1, description="calibration rows that gates and similarities are read from")
     batch_size: int = Field(default=16, ge=1, description="rows a batch, also when curing")
     gate_steps: int = Field(default=100, ge=1, description="updates of the gates")
@@ -117,7 +122,7 @@ class Fold(Pass):
         groups: list[list[str]] = []
         for names in stacks:
             fits = [[alike(blocks[one], blocks[other]) for other in names] for one in names]
-            runs = partition([similar[name] for name in names], self.group, fits)
+            runs = partition([similar[name] for name in names], self.group, fits, self.groups)
             groups += [[names[place] for place in run] for run in runs]
         if not groups:
             lengths = ", ".join(str(stack.length) for stack in state.layout.stacks.values())
@@ -133,17 +138,21 @@ def inner(stack: Stack) -> range:
     return range(max(1, stack.anchored), stack.length - 1)
 
 
-def partition(similar: Sequence[float], size: int, fits: Sequence[Sequence[bool]]) -> list[range]:
-    """Runs of `size` neighbouring places, as many as there is room for and among those the most similar.
+def partition(
+    similar: Sequence[float], size: int, fits: Sequence[Sequence[bool]], most: int | None = None
+) -> list[range]:
+    """Runs of `size` neighbouring places, as many as there is room for, or `most`, and among those the most similar.
 
     ``similar[i]`` tells how similar the places i - 1 and i are, ``fits[i][j]`` whether i and j may stand in one run.
     """
-    best: list[tuple[int, float, list[range]]] = [(0, 0.0, [])]  # for each number of places, counted from the left
+    best: list[dict[int, tuple[float, list[range]]]] = [{0: (0.0, [])}]  # per number of places from the left, per runs
     for end in range(1, len(similar) + 1):
-        choice, run = best[-1], range(end - size, end)
+        choices, run = dict(best[-1]), range(end - size, end)
         if run.start >= 0 and all(fits[run.start][place] for place in run):
-            count, total, runs = best[run.start]
-            longer = (count + 1, total + sum(similar[run.start + 1 : end]), [*runs, run])
-            choice = max(choice, longer, key=lambda one: one[:2])
-        best.append(choice)
-    return best[-1][2]
+            alike = sum(similar[run.start + 1 : end])
+            for count, (total, runs) in best[run.start].items():
+                longer = (total + alike, [*runs, run])
+                choices[count + 1] = max(choices.get(count + 1, longer), longer, key=lambda one: one[0])
+        best.append(choices)
+    room = max(best[-1])
+    return best[-1][room if most is None else min(most, room)][1]

@@ -88,11 +88,11 @@ class Search(Menu):
 
     def search(self, budget: float) -> Sizes:
         """That choice among those that take at most `budget` milliseconds; raises TargetError where there is none."""
-        return self._choose(self.losses, {"milliseconds": self.times}, {"milliseconds": budget})
+        return self._choose(self.losses, {"milliseconds": self.costs}, {"milliseconds": budget})
 
     def fastest(self) -> Sizes:
         """The choice that takes the least time within the limits; raises TargetError where there is none."""
-        return self._choose(self.times, {}, {})
+        return self._choose(self.costs, {}, {})
 
     def apart_from(self, choice: Sizes) -> Search:
         """The search whose next choice also differs from this one."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from compress.errors import LayoutError
@@ -21,6 +21,7 @@ from compress.progress import track
 from compress.state import State
 from compress.statistics import frozen
 from passes.distillation.losses import logit_kl
+from passes.pruning.amounts import counted
 from passes.pruning.replace.local import run_whole
 from passes.pruning.replace.variants import Batch, Variant, place_, twin
 from passes.pruning.widths.database import matrix, projection
@@ -70,14 +71,6 @@ def parameters(state: State, variants: Variants) -> dict[str, np.ndarray]:
         axis: np.array([float(counted(with_one(state, axis, one))) for one in row]) for axis, row in variants.items()
     }
     return shares(counts, counted(state.model))
-
-
-def counted(model: PreTrainedModel) -> int:
-    """Parameters of a model outside of its embeddings and of the head that is as large as those."""
-    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    tables += [head] if (head := model.get_output_embeddings()) is not None else []
-    apart = {id(one) for table in tables for one in table.parameters()}
-    return sum(one.numel() for one in model.parameters() if id(one) not in apart)
 
 
 def cache(state: State, variants: Variants) -> dict[str, np.ndarray]:

@@ -26,7 +26,7 @@ class Choice:
     rule: Callable[[float], Sizes]
 
     def __call__(self, budget: float) -> Sizes:
-        """Sizes that take at most `budget` milliseconds; raises TargetError where there are none."""
+        """Sizes that cost at most `budget`; raises TargetError where there are none."""
         return self.rule(budget)
 
     def loss(self, sizes: Sizes) -> float:
@@ -92,15 +92,15 @@ class Evolution(Searched):
         """The fittest sizes met within the budget."""
         start, generations = self._levels(self.rule(budget)), self.length
         if self.answers:
-            last = fitted(self.answers[-1].value, self._times, budget, np.random.default_rng(self.seed))
+            last = fitted(self.answers[-1].value, self._costs, budget, np.random.default_rng(self.seed))
             start = min(start, last or start, key=lambda levels: self._fitness(levels, 1.0))
             generations = -(-generations // RESTART)
-        self.answers.append(evolve(start, self._times, budget, self._fitness, generations, OFFSPRING, self.seed))
+        self.answers.append(evolve(start, self._costs, budget, self._fitness, generations, OFFSPRING, self.seed))
         return self._sizes(self.answers[-1].value)
 
     @property
-    def _times(self) -> list[np.ndarray]:
-        return [self.menu.times[name] for name in self.menu.sizes]
+    def _costs(self) -> list[np.ndarray]:
+        return [self.menu.costs[name] for name in self.menu.sizes]
 
     def _fitness(self, levels: Levels, share: float) -> float:
         return self.fitness(self._sizes(levels), share)

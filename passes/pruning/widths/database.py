@@ -54,23 +54,27 @@ class Fit:
     statistics: Mapping[str, Any]
     damping: float
 
-    def moments(self, site: Site, biased: bool, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Second moments (in, in) of what `weight` reads at `site`, about the mean if `biased`, and the mean (in,)."""
+    def moments(self, site: Site, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Second moments (in, in) of what `weight` reads at `site`, and the mean (in,) in float64."""
         gram, mean = self.statistics.get(f"{site.module}.gram"), self.statistics.get(f"{site.module}.mean")
         inputs = weight.shape[1]
         if gram is None or mean is None or len(gram) != inputs:
             met = "nothing" if gram is None else f"{len(gram)} inputs"
             raise DataError(f"the statistics hold {met} for '{site.module}'; expected {inputs} inputs: calibrate anew")
-        mean = mean.to(weight.device, torch.float64)
-        gram = gram.to(weight.device, torch.float64, copy=True)
-        return (gram.addr_(mean, mean, alpha=-1) if biased else gram), mean
+        return gram.to(weight.device), mean.to(weight.device, torch.float64)
+
+    def centred(self, site: Site, module: nn.Linear) -> Tensor:
+        """Second moments (in, in) of what a module reads at `site` in float64, about the mean if it has a bias."""
+        gram, mean = self.moments(site, matrix(module))
+        gram = gram.to(torch.float64, copy=True)
+        return gram if module.bias is None else gram.addr_(mean, mean, alpha=-1)
 
     def refit_(self, model: PreTrainedModel, site: Site, kept: Tensor) -> None:
         """Change, in place, the weights that read the inputs `kept`, and the bias, to make up for the other inputs."""
         module = projection(model, site)
         old = matrix(module)
-        moments, mean = self.moments(site, module.bias is not None, old)
-        new = least_squares(old, moments, kept, self.damping)
+        gram, mean = self.moments(site, old)
+        new = least_squares(old, gram, kept, self.damping, None if module.bias is None else mean)
         with torch.no_grad():
             if module.bias is not None:
                 module.bias.add_(old.double() @ mean - new.double() @ mean[kept])
@@ -80,10 +84,7 @@ class Fit:
         """The curve of an axis where each time the cheapest unit goes and all others make up for it."""
         modules = [projection(model, site) for site in axis.readers]
         weights = [matrix(module) for module in modules]
-        moments = [
-            self.moments(site, module.bias is not None, weight)[0]
-            for site, module, weight in zip(axis.readers, modules, weights, strict=True)
-        ]
+        moments = [self.centred(site, module) for site, module in zip(axis.readers, modules, strict=True)]
         order, losses = removal_order(weights, moments, axis.readers[0].width, self.damping)
         return Curve(tuple(order.tolist()), losses.cpu().numpy())
 
@@ -124,9 +125,17 @@ def cut_to(state: State, curves: Mapping[str, Curve], sizes: Mapping[str, int], 
     for name, size in sizes.items():
         if size < state.layout.axis(name).units:
             kept = curves[name].kept(size)
+            for site in branch.layout.axis(name).readers:
+                own_(projection(branch.model, site))
             silence_(branch.model, branch.layout, name, kept, fit)
             branch.cut(name, kept)
     return branch
+
+
+def own_(module: nn.Module) -> None:
+    """Give a module parameters of its own in place of those that it shares with another model's."""
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        setattr(module, name, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
 
 
 def projection(model: PreTrainedModel, site: Site) -> nn.Linear:

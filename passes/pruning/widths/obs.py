@@ -59,13 +59,20 @@ def removal_order(
     return torch.cat(order), torch.tensor([0.0, *costs], dtype=torch.float64).cumsum(0)
 
 
-def least_squares(weight: Tensor, gram: Tensor, kept: Tensor, damping: float = 0.01) -> Tensor:
+def least_squares(
+    weight: Tensor, gram: Tensor, kept: Tensor, damping: float = 0.01, mean: Tensor | None = None
+) -> Tensor:
     """The weights (out, len(kept)) that, reading only the inputs `kept`, come nearest to ``W x``.
 
-    Minimises ``tr((W_K - W) H (W_K - W)^T)`` for the damped Gram matrix ``H``: ``W_K = W H_{:,K} inv(H_KK)``.
+    Minimises ``tr((W_K - W) H (W_K - W)^T)`` for the damped Gram matrix ``H``: ``W_K = W H_{:,K} inv(H_KK)``. With the
+    `mean` (in,) of the inputs, ``H`` is taken about it. Only the columns that are read are held in float64.
     """
-    damped = _damped(gram, damping)
-    columns = damped[:, kept]
+    columns, diagonal = gram[:, kept].double(), gram.diagonal().double()
+    if mean is not None:
+        columns.addr_(mean, mean[kept], alpha=-1)
+        diagonal = diagonal - mean.square()
+    damped = torch.where(diagonal == 0, 1.0, diagonal + damping * diagonal.mean())
+    columns[kept, torch.arange(len(kept), device=kept.device)] = damped[kept]
     factor = torch.linalg.cholesky(columns[kept])
     return torch.cholesky_solve((weight.double() @ columns).T, factor).T.to(weight.dtype)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from compress.contract import TEACHER, Fact, Part, Pass
 from compress.errors import LayoutError
@@ -30,7 +30,8 @@ SEARCH_BATCH = 8  # small, as evolution judges by few batches first
 class StructuredPruning(Pass):
     """Cut heads and columns until the model is `speedups` times faster than the dense one, as measured on the target.
 
-    Several speed-ups give a branch each. `prior` is the loss of each axis at each size: ``sensitivity``, the error of
+    Several speed-ups give a branch each. With `parameters` in their place the model is to be small, and no time is
+    measured. `prior` is the loss of each axis at each size: ``sensitivity``, the error of
     the model's last hidden states, measured for each axis; ``relative``, the error of what each axis gives relative to
     all it gives; ``loss``, that error as it is. `search` chooses the sizes: ``prior`` takes those whose losses sum to
     the least. Losses of single axes don't quite add up, so the others look at the whole pruned model, at its last
@@ -43,7 +44,10 @@ class StructuredPruning(Pass):
     version: ClassVar[int] = 3
 
     speedups: tuple[Annotated[float, Field(ge=1)], ...] = Field(
-        min_length=1, description="times faster than the dense model, a branch each"
+        default=(), description="times faster than the dense model, a branch each"
+    )
+    parameters: float | None = Field(
+        default=None, gt=0, lt=1, description="share of the parameters outside of embeddings and head that may stay"
     )
     kinds: tuple[Literal["heads", "columns"], ...] = Field(
         default=("heads", "columns"), min_length=1, description="the axes that may shrink"
@@ -70,6 +74,13 @@ class StructuredPruning(Pass):
     )
 
     _distinct = field_validator("speedups")(distinct)
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> StructuredPruning:
+        if bool(self.speedups) == (self.parameters is not None):
+            met = "both" if self.speedups else "neither"
+            raise ValueError(f"{met} given; expected one of speedups and parameters")
+        return self
 
     @property
     def branches(self) -> tuple[str, ...]:
@@ -111,7 +122,11 @@ class StructuredPruning(Pass):
         if not axes:
             raise LayoutError(f"nothing of kind {' or '.join(self.kinds)} is left to cut in this model")
         curves, fit = self.curves(state, axes)
-        menu, fitness = _menu(state, axes, self.losses(state, curves, fit)), self.fitness(state, curves, fit)
+        losses, fitness = self.losses(state, curves, fit), self.fitness(state, curves, fit)
+        if self.parameters is not None:
+            yield self._smaller(state, _small_menu(state, axes, losses), curves, fit, fitness)
+            return
+        menu = _menu(state, axes, losses)
         dense, present = timed_as_given(state)
 
         def trial(sizes: Sizes) -> Ratio:
@@ -129,6 +144,20 @@ class StructuredPruning(Pass):
             branch = cut_to(state, curves, sizes, fit)
             branch.figures = {"dense_milliseconds": dense.milliseconds, **promise.figures(), **choice.figures(sizes)}
             yield branch
+
+    def _smaller(
+        self, state: State, menu: Menu, curves: Mapping[str, Curve], fit: Fit | None, fitness: Fitness | None
+    ) -> State:
+        """The branch that keeps the share `parameters`; its figures tell which it kept."""
+        from passes.pruning.amounts import counted
+        from passes.pruning.widths.database import cut_to
+
+        whole, choice = counted(state.model), self.choice(menu, fitness)
+        removable = menu.cost({name: max(sizes) for name, sizes in menu.sizes.items()})
+        sizes = choice(float(self.parameters or 1) * whole - (whole - removable))
+        branch = cut_to(state, curves, sizes, fit)
+        branch.figures = {"kept": counted(branch.model) / whole, "sizes": dict(sizes), **choice.figures(sizes)}
+        return branch
 
     def losses(self, state: State, curves: Mapping[str, Curve], fit: Fit | None) -> dict[str, np.ndarray]:
         """For each axis the loss (units + 1,) once so many units have gone, as `prior` says."""
@@ -157,7 +186,27 @@ def _menu(state: State, axes: Sequence[Axis], losses: Mapping[str, np.ndarray]) 
     times = {
         name: np.array([measured.milliseconds(names[name], size) for size in offer]) for name, offer in sizes.items()
     }
-    return Menu(sizes, {axis.name: losses[axis.name][axis.units - np.array(sizes[axis.name])] for axis in axes}, times)
+    return Menu(sizes, _at(sizes, axes, losses), times)
+
+
+def _small_menu(state: State, axes: Sequence[Axis], losses: Mapping[str, np.ndarray]) -> Menu:
+    """Sizes and the parameters they take, with the losses of those sizes."""
+    import numpy as np
+
+    from compress.latency import levels
+    from passes.pruning.amounts import of_one_unit
+    from passes.pruning.promise import Menu
+
+    sizes = {axis.name: levels(axis) for axis in axes}
+    taken = {axis.name: of_one_unit(state.model, axis) * np.array(sizes[axis.name], dtype=float) for axis in axes}
+    return Menu(sizes, _at(sizes, axes, losses), taken)
+
+
+def _at(
+    sizes: Mapping[str, Sequence[int]], axes: Sequence[Axis], losses: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """For each axis the losses at its sizes, of all losses (units + 1,) by the number of units gone."""
+    return {axis.name: losses[axis.name][[axis.units - size for size in sizes[axis.name]]] for axis in axes}
 
 
 def _table(state: State) -> tuple[Table, Mapping[str, str]]:

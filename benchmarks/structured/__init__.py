@@ -1,0 +1,1 @@
+"""Structured pruning against its rivals, at equal recovery: an encoder by its speed, a decoder by its size."""
