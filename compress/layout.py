@@ -25,7 +25,6 @@ from compress.constant import Absent, Constant
 from compress.declared import declare_
 from compress.errors import LayoutError, nearest
 from compress.sharing import follow_drop_, refuse_folded
-from compress.shortcut import refuse_turning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -153,7 +152,6 @@ class Layout:
             raise LayoutError(f"stack '{stack}' has blocks 0..{old.length - 1}{held}, asked to keep {keep}")
         if len(keep) == old.length:
             return self
-        refuse_turning(record_of(model.config), f"drop blocks of '{stack}'")
         new = replace(old, length=len(keep), caches=tuple(old.caches[i] for i in keep) if old.caches else ())
         order = {origin: index for index, origin in enumerate(keep)}
         axes = [moved for axis in self.axes.values() if (moved := _move(axis, stack, order)) is not None]

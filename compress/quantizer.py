@@ -20,7 +20,7 @@ from compress.families import dense_layout
 from compress.layout import RECORD, VERSION, own_record, prefix_of
 from compress.linear import linearise
 from compress.sharing import cure_, hollow_, tie_
-from compress.stream import narrow_stream_, stream_entries
+from compress.stream import narrow_stream_
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,8 +30,8 @@ class HfCompressConfig(QuantizationConfigMixin):
     """The record of cuts while a model is loaded: `sizes` of the cut axes, and the origins of the `blocks` left.
 
     Where blocks were folded, also which of them are `shared` and `cured`; `compress.sharing` tells of both.
-    `linear` names the axes for which a Linear stands; a model that has had none lacks the entry. `stream` and
-    `shortcuts` are told of in `compress.stream`.
+    `linear` names the axes for which a Linear stands; a model that has had none lacks the entry. `compress.stream`
+    tells of `stream`.
     """
 
     def __init__(
@@ -44,7 +44,6 @@ class HfCompressConfig(QuantizationConfigMixin):
         cured: Mapping[str, int] | None = None,
         linear: Sequence[str] | None = None,
         stream: int | None = None,
-        shortcuts: Sequence[str] = (),
     ) -> None:
         if version != VERSION:
             raise LayoutError(
@@ -61,7 +60,7 @@ class HfCompressConfig(QuantizationConfigMixin):
         if linear is not None:
             self.linear = list(linear)
         if stream is not None:
-            vars(self).update(stream_entries(stream, shortcuts))
+            self.stream = stream
 
 
 class HfCompressQuantizer(HfQuantizer):
@@ -79,12 +78,12 @@ class HfCompressQuantizer(HfQuantizer):
         record = self.quantization_config.to_dict()
         shared, cured = record.pop("shared", {}), record.pop("cured", {})
         linear, sizes = record.pop("linear", []), record.pop("sizes")
-        stream, shortcuts = record.pop("stream", None), record.pop("shortcuts", [])
+        stream = record.pop("stream", None)
         model.config.quantization_config = {**copy.deepcopy(record), "sizes": {}}
         layout, prefix = dense_layout(model), prefix_of(model)
         if stream is not None:
-            narrow_stream_(model, layout, stream, shortcuts)
-            own_record(model).update(stream_entries(stream, shortcuts))
+            narrow_stream_(model, layout, stream)
+            own_record(model)["stream"] = stream
         for name in linear:
             layout = linearise(model, layout, prefix + name)
         for name, size in sizes.items():

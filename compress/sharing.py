@@ -14,7 +14,6 @@ from torch import nn
 
 from compress.errors import LayoutError, nearest
 from compress.lowrank import add_deltas_
-from compress.shortcut import refuse_turning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,7 +42,6 @@ def alike(one: nn.Module, other: nn.Module) -> bool:
 
 def share_(model: PreTrainedModel, record: dict[str, Any], shared: Mapping[str, str]) -> None:
     """Let each block in `shared` take the matrices of its source, in place, and enter it in the record."""
-    refuse_turning(record, "share matrices")
     _check(model, shared)
     tie_(model, shared)
     record["shared"] = dict(shared)

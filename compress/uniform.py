@@ -186,5 +186,5 @@ def filled(model: PreTrainedModel, config: Any, weights: dict[str, Tensor]) -> P
         made.generation_config = copy.deepcopy(model.generation_config)
     trained = {name: one.requires_grad for name, one in model.named_parameters(remove_duplicate=False)}
     for name, parameter in made.named_parameters():
-        parameter.requires_grad_(trained.get(name, True))
+        parameter.requires_grad_(trained[name])
     return made.to(model.device).train(model.training)

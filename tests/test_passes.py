@@ -40,7 +40,7 @@ WAYS: dict[str, list[dict]] = {
         {"parameters": 0.5, "candidates": 1, "recovery_steps": 0},
         {"columns": 16, "recovery_steps": 0, "rescale": True},
     ],
-    "slice_hidden": [{"share": 0.6, "samples": 8}, {"share": 0.7, "samples": 8, "rotations": "each"}],
+    "slice_hidden": [{"share": 0.6, "samples": 8}],
     "puzzle": [
         {"parameters": 0.8, "samples": 8, "attention": [0.5, "linear", "none"], "ffn": [0.5, "linear", "none"]},
         {"speedups": [1.3], "samples": 8, "attention": [0.5, "linear"], "ffn": [0.5, "linear"], "local_steps": 1},

@@ -13,7 +13,7 @@ from torch import nn
 from compress import checkpoint
 from compress.errors import LayoutError
 from compress.families import layout_of
-from compress.layout import Layout, Stack, record_of
+from compress.layout import record_of
 from compress.runtimes import RUNTIMES, open_artifact
 from compress.stream import width_of
 from compress.target import Target
@@ -21,8 +21,8 @@ from passes.distillation.compare import same_hidden_width
 from passes.pruning.depth.fold import Fold
 from passes.pruning.rotate.basis import basis, centre, even, kept_energy, of_length_one, summing_to_zero
 from passes.pruning.rotate.slice_hidden import SliceHidden
-from passes.pruning.rotate.stream import Stream, stream_of
-from passes.pruning.rotate.turn import Axes, axes_of, turned
+from passes.pruning.rotate.stream import stream_of
+from passes.pruning.rotate.turn import turned
 from passes.pruning.uniform.minitron import Minitron
 from tests.conftest import GENERATING, TINY, answer
 from tests.paper import state_of
@@ -30,7 +30,6 @@ from tests.test_runtimes import assert_same
 
 PRE_NORM = ("llama", "llama-tied", "mistral", "qwen2", "qwen3", "gpt2", "gpt_neox", "opt", "vit")
 STOCK = ("llama", "llama-tied", "mistral", "qwen2", "qwen3")  # families whose config tells the size of a head
-ROTATIONS = ("one", "each")
 HIDDEN = TINY["llama"].entries["hidden_size"]
 EPSILON = {"llama": "rms_norm_eps", "qwen3": "rms_norm_eps", "gpt2": "layer_norm_epsilon", "gpt_neox": "layer_norm_eps"}
 
@@ -56,7 +55,7 @@ def stream(model, name):
 def rotated(model, name):
     """The model in other axes of the same width, such as norms take them."""
     found, layout = stream(model, name), layout_of(model)
-    return turned(model, layout, found, Axes((basis(covariance(), HIDDEN, found.centred),), ()))
+    return turned(model, layout, found, basis(covariance(), HIDDEN, found.centred))
 
 
 # Numbers
@@ -99,25 +98,16 @@ def test_no_place_drowns_another_and_no_token_either():
     torch.testing.assert_close(view(rows), view(rows + 5))
 
 
-def test_the_axes_of_a_block_also_serve_the_norm_that_reads_what_it_gives():
-    norms = ("h.0.first", "h.0.second", "h.1.first", "h.1.second", "last")
-    seen = {norm: torch.diag(torch.eye(8, dtype=torch.float64)[place]) for place, norm in enumerate(norms)}
-    axes = axes_of(Layout({}, {"h": Stack("h", 2)}), Stream(norms, {}, {}, centred=False), seen, 3, each=True)
-    for basis_of, served in zip(axes.bases, (norms[:3], norms[2:]), strict=True):
-        assert [norm for norm in norms if kept_energy(seen[norm], basis_of) == pytest.approx(1)] == list(served)
-
-
 # The identity
 
 
 @pytest.mark.parametrize("covariance", ["stream", "normalised"])
-@pytest.mark.parametrize("rotations", ROTATIONS)
 @pytest.mark.parametrize("name", PRE_NORM)
-def test_a_model_of_which_nothing_goes_computes_what_it_did(name, rotations, covariance, tmp_path):
+def test_a_model_of_which_nothing_goes_computes_what_it_did(name, covariance, tmp_path):
     state, inputs = state_of(TINY[name], tmp_path), TINY[name].example()
     before, weights = state.model, copy.deepcopy(state.model.state_dict())
     expected = answer(before, inputs)
-    result = slice_(state, hidden=HIDDEN, rotations=rotations, covariance=covariance)
+    result = slice_(state, hidden=HIDDEN, covariance=covariance)
     torch.testing.assert_close(answer(result.model, inputs), expected, rtol=1e-5, atol=1e-5)
     assert all(share == pytest.approx(1) for share in result.figures["energy_kept"].values())
     assert all(torch.equal(one, before.state_dict()[key]) for key, one in weights.items())
@@ -126,9 +116,8 @@ def test_a_model_of_which_nothing_goes_computes_what_it_did(name, rotations, cov
     assert len(changed) > 12, "axes that stay as they are would prove nothing"
 
 
-@pytest.mark.parametrize("rotations", ROTATIONS)
 @pytest.mark.parametrize("name", EPSILON)
-def test_a_stream_in_a_subspace_is_sliced_to_it_without_loss(name, rotations, tmp_path):
+def test_a_stream_in_a_subspace_is_sliced_to_it_without_loss(name, tmp_path):
     state = state_of(TINY[name], tmp_path)
     state.model = model = TINY[name].build(**{EPSILON[name]: 1e-12})
     inside = torch.linalg.qr(draw(HIDDEN, 11)).Q.float()
@@ -137,16 +126,15 @@ def test_a_stream_in_a_subspace_is_sliced_to_it_without_loss(name, rotations, tm
             held = model.get_parameter(parameter)
             held.copy_((held.movedim(dim, -1) @ inside @ inside.T).movedim(-1, dim))
     expected = answer(model, TINY[name].example())
-    result = slice_(state, hidden=12, rotations=rotations)
+    result = slice_(state, hidden=12)
     torch.testing.assert_close(answer(result.model, TINY[name].example()), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("rotations", ROTATIONS)
 @pytest.mark.parametrize("name", ["llama-tied", "gpt2"])
-def test_the_axes_a_model_came_in_do_not_matter(name, rotations, tmp_path):
+def test_the_axes_a_model_came_in_do_not_matter(name, tmp_path):
     one, other = state_of(TINY[name], tmp_path), state_of(TINY[name], tmp_path)
     other.model = rotated(other.model, name)
-    results = [slice_(state, hidden=12, rotations=rotations).model for state in (one, other)]
+    results = [slice_(state, hidden=12).model for state in (one, other)]
     first, second = (answer(model, TINY[name].example()) for model in results)
     torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-4)
     assert (first - answer(one.dense.model, TINY[name].example())).abs().max() > 1e-2
@@ -156,7 +144,7 @@ def test_the_axes_a_model_came_in_do_not_matter(name, rotations, tmp_path):
 
 
 @pytest.mark.parametrize("name", PRE_NORM)
-def test_one_rotation_gives_a_stock_model_where_a_config_can_tell_it(name, tmp_path):
+def test_a_sliced_model_is_a_stock_one_where_a_config_can_tell_it(name, tmp_path):
     result = slice_(state_of(TINY[name], tmp_path), hidden=12)
     assert result.figures["stock"] == (name in STOCK) == (not hasattr(result.model.config, "quantization_config"))
     assert width_of(result.model.config) == 12
@@ -174,10 +162,9 @@ def test_a_width_that_stock_refuses_has_a_record(tmp_path):
     assert not result.figures["stock"]
 
 
-@pytest.mark.parametrize("rotations", ROTATIONS)
 @pytest.mark.parametrize("name", PRE_NORM)
-def test_a_sliced_model_is_cut_like_any_other(name, rotations, tmp_path):
-    model, inputs = slice_(state_of(TINY[name], tmp_path), hidden=13, rotations=rotations).model, TINY[name].example()
+def test_a_sliced_model_is_cut_like_any_other(name, tmp_path):
+    model, inputs = slice_(state_of(TINY[name], tmp_path), hidden=13).model, TINY[name].example()
     layout, silenced = layout_of(model), copy.deepcopy(model)
     for index, (axis, one) in enumerate(layout.axes.items()):
         keep = [range(1, one.units), [0], []][index % 3]
@@ -199,27 +186,14 @@ def test_a_sliced_model_is_cut_like_any_other(name, rotations, tmp_path):
         assert torch.equal(cached, fresh)
 
 
-@pytest.mark.parametrize(("name", "rotations"), [("llama-tied", "each"), ("gpt2", "one")])
-def test_onnx_equals_torch(name, rotations, tmp_path):
-    model = slice_(state_of(TINY[name], tmp_path), hidden=13, rotations=rotations).model
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2"])
+def test_onnx_equals_torch(name, tmp_path):
+    model = slice_(state_of(TINY[name], tmp_path), hidden=13).model
     artifact = RUNTIMES["onnxruntime"].build(model, TINY[name].example(2, 9), tmp_path / "onnx")
     assert_same(open_artifact(artifact, Target()), model, TINY[name].example(3, 14))
 
 
-def test_blocks_with_axes_of_their_own_stay_where_they_are(tmp_path):
-    state = slice_(state_of(TINY["llama"], tmp_path), hidden=12, rotations="each")
-    with pytest.raises(
-        LayoutError, match=r"drop blocks of 'model.layers': met a model whose blocks have axes of their"
-    ):
-        state.drop("model.layers", [0, 2])
-    state.model = TINY["llama"].build(num_hidden_layers=4)
-    state.layout = layout_of(state.model)
-    state = slice_(state, hidden=12, rotations="each")
-    with pytest.raises(LayoutError, match="share matrices: met a model whose blocks have axes of their own"):
-        list(Fold(samples=4, cure=0).run(state))
-
-
-def test_with_one_rotation_blocks_are_dropped_and_folded(tmp_path):
+def test_blocks_of_a_sliced_model_are_dropped_and_folded(tmp_path):
     state = state_of(TINY["gpt2"], tmp_path)
     state.model = TINY["gpt2"].build(n_layer=5)
     state.layout = layout_of(state.model)
@@ -254,16 +228,15 @@ def test_the_width_is_the_widest_that_was_asked_for(options, width, tmp_path):
     assert bool(result.figures["warnings"]) == (counts["after"] > counts["before"]) == (width > 20)
 
 
-@pytest.mark.parametrize("rotations", ROTATIONS)
 @pytest.mark.parametrize("name", ["llama-tied", "gpt2"])
-def test_a_share_of_the_parameters_is_met_by_the_widest(name, rotations, tmp_path):
+def test_a_share_of_the_parameters_is_met_by_the_widest(name, tmp_path):
     def counted(model):
         tables = {id(one.weight) for one in model.modules() if isinstance(one, nn.Embedding)}
         return sum(one.numel() for one in model.parameters() if id(one) not in tables | {id(model.lm_head.weight)})
 
-    result = slice_(state_of(TINY[name], tmp_path), parameters=0.7, rotations=rotations)
+    result = slice_(state_of(TINY[name], tmp_path), parameters=0.7)
     width, most = result.figures["width"]["after"], 0.7 * counted(result.dense.model)
-    wider = slice_(state_of(TINY[name], tmp_path), hidden=width + 1, rotations=rotations)
+    wider = slice_(state_of(TINY[name], tmp_path), hidden=width + 1)
     assert counted(result.model) <= most < counted(wider.model)
 
 
