@@ -5,7 +5,7 @@
 The model is MiniLM-L6 unless another is given. The plan runs in a process of its own (`--prune FOLDER`), with an empty
 cache, so that its memory is its own. Memory counts in dense models, the dense model among it: the most that the process
 and those it starts held at a time and the system could not drop, so without pages that are mapped from files, less what
-each held when the data was read and the libraries had exported and measured one small layer. Needs Linux.
+each held when the data was read and the libraries had exported and measured a tiny model. Needs Linux.
 """
 
 from __future__ import annotations
@@ -79,15 +79,22 @@ class Peak:
 
 
 def use_libraries(folder: Path) -> None:
-    """Export and measure one small layer, so that all libraries are loaded that a run needs."""
+    """Export and measure a model of next to no size, whole and in parts, so that all libraries are loaded."""
     import torch
+    from transformers import BertConfig, BertModel
 
     from compress.measure import measure
+    from compress.memory import release
     from compress.runtimes.onnx import OnnxRuntime
     from compress.target import Target
 
-    built = OnnxRuntime().build_module(torch.nn.Linear(8, 8), [torch.ones(2, 8)], folder / "layer.onnx")
-    measure([built], Target(), rounds=10)
+    sizes = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 8}
+    model, runtime = BertModel(BertConfig(vocab_size=8, max_position_embeddings=32, **sizes)).eval(), OnnxRuntime()
+    tokens = torch.ones(2, 8, dtype=torch.long)
+    whole = runtime.build(model, {"input_ids": tokens, "attention_mask": tokens}, folder / "small")
+    runtime.build_module(model.encoder.layer[0].output.dense, [torch.ones(2, 8)], folder / "layer.onnx")
+    measure([whole], Target(), rounds=10)
+    release()
 
 
 def prune(model: str, folder: Path) -> dict[str, float]:

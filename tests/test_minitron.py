@@ -267,6 +267,7 @@ def test_a_speedup_is_what_the_target_measures(tmp_path, monkeypatch):
     step = Minitron(speedup=1.2, axes=["columns", "heads"], candidates=2, recovery_steps=2, batch_size=16)
     (result,) = step.run(state)
     assert result.figures["speedup"] >= 1.2
+    assert result.figures["promised"] == 1.2 <= result.figures["measured"]
     assert all(("loss_after" in row) == (row["speedup"] >= 1.2) for row in result.figures["candidates"])
 
 

@@ -108,7 +108,9 @@ class Minitron(Pass):
         if best is None:
             fastest = max(row["speedup"] for row in rows)
             raise TargetError(f"minitron: {self.speedup:g}x was asked for; the fastest shape measures {fastest:.3g}x")
+        told = {"promised": self.speedup, "measured": chosen["speedup"], "met": True} if self.speedup else {}
         best.figures = {
+            **told,
             **chosen,
             "dense_shape": space.whole,
             "dense_parameters": space.parameters(space.whole),
