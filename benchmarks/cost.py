@@ -89,7 +89,7 @@ def use_libraries(folder: Path) -> None:
     from compress.target import Target
 
     sizes = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 8}
-    model, runtime = BertModel(BertConfig(vocab_size=8, max_position_embeddings=32, **sizes)).eval(), OnnxRuntime()
+    model, runtime = BertModel(BertConfig(vocab_size=8, max_position_embeddings=256, **sizes)).eval(), OnnxRuntime()
     tokens = torch.ones(2, 8, dtype=torch.long)
     whole = runtime.build(model, {"input_ids": tokens, "attention_mask": tokens}, folder / "small")
     runtime.build_module(model.encoder.layer[0].output.dense, [torch.ones(2, 8)], folder / "layer.onnx")

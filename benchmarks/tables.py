@@ -76,9 +76,9 @@ def cost(found: Figures) -> Iterator[str]:
 SUITES: dict[str, tuple[str, Callable[[Figures], Iterator[str]]]] = {
     "demo": ("The demo: MiniLM-L6 as a sentence encoder, label-free", demo),
     "demo-60-minutes": ("The same with an hour of recovery", demo),
-    "structured-encoder": ("SST-2: MiniLM-L6 at many speeds, by several ways to prune, equal recovery", encoder),
+    "structured-encoder": ("SST-2: MiniLM-L6 at many speeds, several ways to prune, equal recovery", encoder),
     "structured-decoder": (
-        "SmolLM2-135M on WikiText-2 with fewer parameters, by several ways, equal recovery",
+        "SmolLM2-135M on WikiText-2 with fewer parameters, several ways, equal recovery",
         decoder,
     ),
     "cost": ("Cost of statistics, database and search, and of starting up", cost),
