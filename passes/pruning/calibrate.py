@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
@@ -50,4 +50,13 @@ def calibration(data: Data, samples: int, batch_size: int = BATCH) -> Iterator[d
         yield {name: value[:left] for name, value in batch.items()}
         left -= len(next(iter(batch.values())))
         if left <= 0:
+            return
+
+
+def up_to(tokens: int, batches: Iterable[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """The first batches, until they hold so many tokens, padding not counted; inputs without a mask count as one."""
+    for batch in batches:
+        yield batch
+        tokens -= int(batch["attention_mask"].sum()) if "attention_mask" in batch else len(next(iter(batch.values())))
+        if tokens <= 0:
             return

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from passes.pruning.search.fitness import Fitness
     from passes.pruning.widths.database import Curve, Fit
 
-SENSITIVITY_SAMPLES = 64
+SENSITIVITY_SAMPLES, SENSITIVITY_TOKENS = 64, 4096  # whichever is met first
 SEARCH_BATCH = 8  # small, as evolution judges by few batches first
 
 
@@ -41,7 +41,7 @@ class StructuredPruning(Pass):
 
     requires: ClassVar[frozenset[Fact]] = frozenset({TEACHER})
     touches: ClassVar[Part] = Part.SHAPE | Part.VALUES
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
 
     speedups: tuple[Annotated[float, Field(ge=1)], ...] = Field(
         default=(), description="times faster than the dense model, a branch each"
@@ -165,11 +165,11 @@ class StructuredPruning(Pass):
             return {name: curve.losses for name, curve in curves.items()}
         if self.prior == "relative":
             return {name: curve.relative**0.5 for name, curve in curves.items()}
-        from passes.pruning.calibrate import calibration
+        from passes.pruning.calibrate import calibration, up_to
         from passes.pruning.widths.sensitivity import measured_losses
 
-        batches = list(calibration(state.data, SENSITIVITY_SAMPLES))
-        return measured_losses(state.model, state.layout, curves, fit, batches)
+        batches = calibration(state.data, SENSITIVITY_SAMPLES, SEARCH_BATCH)
+        return measured_losses(state.model, state.layout, curves, fit, list(up_to(SENSITIVITY_TOKENS, batches)))
 
 
 def _menu(state: State, axes: Sequence[Axis], losses: Mapping[str, np.ndarray]) -> Menu:
