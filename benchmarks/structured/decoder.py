@@ -1,6 +1,6 @@
 """SmolLM2-135M on WikiText-2 with 10, 20 and 30 % fewer parameters by several ways, each recovered for as many tokens.
 
-    python -m benchmarks.structured.decoder --model MODEL [--shares 0.2 ...] [--ways ziplm ...] [--data DATA] [--out OUT]
+    python -m benchmarks.structured.decoder --model MODEL [--shares 0.2 ...] [--ways ziplm ...] [--data DATA]
 
 `--model` is a folder with SmolLM2-135M-Instruct. `--data` holds wikitext2/wiki.{train,test}.tokens and
 text/tinyshakespeare.txt, the held-out corpus of another kind; HF_COMPRESS_DATA is its default. Parameters are those
