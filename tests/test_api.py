@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 import compress as package
-from compress import compress
+from compress import compress, latency
 from compress.errors import CompressError, DataError, PlanError
 from compress.report import check
 from tests.world import make_world
@@ -34,7 +34,7 @@ def plan(world: Path) -> dict[str, Any]:
     return {**QUICK, "model": str(world / "my-encoder"), "data": {"source": str(world / "reviews.txt")}}
 
 
-def test_a_run_leaves_models_artifacts_and_a_report(plan: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_leaves_models_artifacts_and_a_report_and_is_not_run_again(plan: dict[str, Any], tmp_path: Path) -> None:
     result = compress(plan={**plan, "export": ["huggingface"]}, out=tmp_path / "out")
     check(result.report)
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == result.report
@@ -48,15 +48,11 @@ def test_a_run_leaves_models_artifacts_and_a_report(plan: dict[str, Any], tmp_pa
     plain = AutoModel.from_pretrained(tmp_path / "out" / "model")
     tokens = AutoTokenizer.from_pretrained(tmp_path / "out" / "model")("the film is fine", return_tensors="pt")
     with torch.no_grad():
-        assert torch.equal(result.model(**tokens)[0], plain(**tokens)[0])
-
-
-def test_a_second_run_measures_and_exports_nothing_again(plan: dict[str, Any], tmp_path: Path) -> None:
-    first = compress(plan={**plan, "export": ["huggingface"]}, out=tmp_path / "out")
+        torch.testing.assert_close(result.model(**tokens)[0], plain(**tokens)[0], rtol=1e-5, atol=1e-6)
     written = (tmp_path / "out" / "model" / "model.safetensors").stat().st_mtime_ns
     second = compress(plan={**plan, "export": ["huggingface"]}, out=tmp_path / "out")
     assert (tmp_path / "out" / "model" / "model.safetensors").stat().st_mtime_ns == written
-    assert second.report["branches"] == first.report["branches"]
+    assert second.report["branches"] == result.report["branches"]
 
 
 def test_a_model_in_memory_is_taken_with_its_tokenizer(plan: dict[str, Any], world: Path, tmp_path: Path) -> None:
@@ -98,7 +94,9 @@ def test_a_wrong_plan_is_told_and_nothing_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_unreachable_speedup_names_the_fastest(world: Path, tmp_path: Path) -> None:
+def test_an_unreachable_speedup_names_the_fastest(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "SECONDS", 0.5)
+    monkeypatch.setattr(latency, "MOST_MEASURED", 3)
     with pytest.raises(CompressError, match="out of reach on this target; the fastest sizes measure"):
         compress(
             world / "my-encoder", speedup=500, data=world / "reviews.txt", target=QUICK["target"], out=tmp_path / "o"

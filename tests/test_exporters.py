@@ -32,7 +32,7 @@ CARD = {
 
 @pytest.fixture
 def state(tmp_path):
-    model = TINY["bert"].build()
+    model = TINY["bert"].build(num_hidden_layers=2)
     layout = layout_of(model)
     layout = layout.cut(model, "encoder.layer.0.heads", [1])
     layout = layout.cut(model, "encoder.layer.1.columns", [])
@@ -70,7 +70,12 @@ def test_artifact_is_whole_and_equals_the_model(name, state, tmp_path):
     assert artifact.intact()
     (folder / "config.json").write_text("{}")
     assert not artifact.intact()
-    assert EXPORTERS[name]().run(state, folder, CARD).intact()  # over its own earlier artifact
+
+
+def test_a_broken_artifact_is_written_over(state, tmp_path):
+    for _ in range(2):
+        assert EXPORTERS["huggingface"]().run(state, tmp_path / "out", CARD).intact()
+        (tmp_path / "out" / "config.json").write_text("{}")
 
 
 def test_model_card_tells_the_plan_and_no_path(state, tmp_path):

@@ -195,11 +195,10 @@ def test_a_sliced_model_is_cut_like_any_other(name, tmp_path):
         assert torch.equal(cached, fresh)
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "gpt2"])
-def test_onnx_equals_torch(name, tmp_path):
-    model = slice_(state_of(TINY[name], tmp_path), hidden=13).model
-    artifact = RUNTIMES["onnxruntime"].build(model, TINY[name].example(2, 9), tmp_path / "onnx")
-    assert_same(open_artifact(artifact, Target()), model, TINY[name].example(3, 14))
+def test_onnx_equals_torch(tmp_path):
+    model = slice_(state_of(TINY["gpt2"], tmp_path), hidden=13).model
+    artifact = RUNTIMES["onnxruntime"].build(model, TINY["gpt2"].example(2, 9), tmp_path / "onnx")
+    assert_same(open_artifact(artifact, Target()), model, TINY["gpt2"].example(3, 14))
 
 
 def test_blocks_of_a_sliced_model_are_dropped_and_folded(tmp_path):
