@@ -150,6 +150,7 @@ class State:
         So is the memory of all weights: a cut makes new ones and leaves the old model its own, but whoever writes into
         a weight in place gives its module one of its own first.
         """
+        release()  # of the branch before there may be cycles left, and all its weights in them
         model = self.model
         shared: dict[int, Any] = {id(one): nn.Parameter(one.detach(), one.requires_grad) for one in model.parameters()}
         shared |= {id(one): one.detach() for one in model.buffers()}
