@@ -16,9 +16,11 @@ from compress.state import State, Teacher, Workshop
 from compress.target import Target
 from compress.tasks import TASKS
 from passes.distillation import distill as module
+from passes.distillation.choice import Losses
 from passes.distillation.compare import Comparison
-from passes.distillation.distill import Distill, Weights
+from passes.distillation.distill import Distill
 from passes.distillation.finetune import Finetune
+from passes.distillation.losses import LOSSES
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 WORDS = tuple(f"word{number}" for number in range(40))
@@ -117,10 +119,10 @@ def test_a_twin_is_left_as_it_is(tmp_path, task):
 
 
 def without_task(task: str) -> dict[str, float]:
-    return {**Weights.fitting(TASKS[task], labelled=True).model_dump(), "task": 0.0}
+    return dict(Losses.fitting(TASKS[task], labelled=False))
 
 
-@pytest.mark.parametrize("name", Weights.model_fields)
+@pytest.mark.parametrize("name", LOSSES)
 def test_each_loss_alone_recovers(tmp_path, name):
     state = make_state(tmp_path, "text-classification")
     prune(state)
@@ -158,15 +160,15 @@ def test_dropped_blocks_are_compared_with_the_ones_they_were(tmp_path, task, kee
     state = make_state(tmp_path, task)
     (stack,) = state.layout.stacks
     state.layout = state.layout.drop(state.model, stack, keep)
-    compare = Comparison({"hidden": 1.0}, state, 1.0, 1e-8)
-    assert compare.places(len(keep), 3) == [block + 1 for block in keep[:-1]] + [3]
+    compare = Comparison(Losses(hidden=1.0), state)
+    assert compare.places(len(keep), 3) == [*keep[:-1], 2]
     batch = next(iter(state.data.batches("train", 8)))
     state.model.eval()
     shared = sum(place == index for index, place in enumerate(keep))  # blocks that still see what they saw
     with torch.no_grad():
         inputs = {name: batch[name] for name in batch.keys() & Comparison.inputs}
         mine = compare.student(**inputs, output_hidden_states=True).hidden_states[1:]
-        theirs = compare.teacher(**inputs, output_hidden_states=True).hidden_states
+        theirs = compare.teacher(**inputs, output_hidden_states=True).hidden_states[1:]
     for index, place in enumerate(compare.places(len(keep), 3)[:-1][:shared]):
         torch.testing.assert_close(mine[index], theirs[place])
 
@@ -177,7 +179,7 @@ def test_a_student_of_a_teacher_that_lost_blocks_itself_finds_its_blocks(tmp_pat
     state.layout = state.layout.drop(state.model, stack, [0, 2, 3, 4])
     state.becomes_dense()
     state.layout = state.layout.drop(state.model, stack, [0, 2, 3])  # blocks 0, 3 and 4 of the first model
-    assert Comparison({"hidden": 1.0}, state, 1.0, 1e-8).places(3, 4) == [1, 3, 4]
+    assert Comparison(Losses(hidden=1.0), state).places(3, 4) == [0, 2, 3]
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -191,7 +193,7 @@ def test_padding_never_matters(tmp_path, task):
         name: torch.nn.functional.pad(one, (0, 5), value=fill[name]) if one.ndim == 2 else one
         for name, one in batch.items()
     }
-    compare = Comparison(without_task(task), state, 1.0, 1e-8)
+    compare = Comparison(Losses(**without_task(task)), state)
     short, long = compare.losses(compare.student, batch), compare.losses(compare.student, padded)
     for name in short:
         torch.testing.assert_close(short[name], long[name], rtol=1e-4, atol=1e-6)
@@ -199,17 +201,17 @@ def test_padding_never_matters(tmp_path, task):
 
 def test_heads_are_not_run_where_no_loss_reads_them(tmp_path):
     state = make_state(tmp_path, "text-generation")
-    compare = Comparison({"hidden": 1.0}, state, 1.0, 1e-8)
+    compare = Comparison(Losses(hidden=1.0), state)
     assert compare.student is state.model.model
     assert compare.teacher is state.dense.model.model
-    assert Comparison({"logits": 1.0}, state, 1.0, 1e-8).student is state.model
+    assert Comparison(Losses(logits=1.0), state).student is state.model
 
 
 @pytest.mark.parametrize("labelled", [True, False])
 def test_default_weights(labelled):
-    assert Weights.fitting(TASKS["feature-extraction"], labelled) == Weights(hidden=1.0, embedding=1.0)
-    assert Weights.fitting(TASKS["text-generation"], labelled) == Weights(hidden=1.0, logits=1.0)
-    assert Weights.fitting(TASKS["text-classification"], labelled) == Weights(hidden=1, logits=1, task=float(labelled))
+    assert Losses.fitting(TASKS["feature-extraction"], labelled) == Losses(hidden=1.0, embedding=1.0)
+    assert Losses.fitting(TASKS["text-generation"], labelled) == Losses(hidden=1.0, logits=1.0)
+    assert Losses.fitting(TASKS["text-classification"], labelled) == Losses(hidden=1, logits=1, task=float(labelled))
 
 
 def test_what_can_not_be_compared_is_told(tmp_path):

@@ -132,7 +132,7 @@ def test_a_half_written_checkpoint_is_never_read(tmp_path):
 def test_checkpoint_is_safetensors_with_a_json_position(tmp_path):
     run(tmp_path)
     names = set(load_file(tmp_path / CHECKPOINT))
-    assert {"model.0.weight", "best.0.weight", "optimizer.0.exp_avg", "optimizer.0.exp_avg_sq"} <= names
+    assert {"weights.model.0.weight", "best.model.0.weight", "optimizer.0.exp_avg", "optimizer.0.exp_avg_sq"} <= names
     with safe_open(tmp_path / CHECKPOINT, "pt") as file:
         assert json.loads(file.metadata()["progress"])["step"] == STEPS
     assert [path.name for path in tmp_path.iterdir()] == [CHECKPOINT]
@@ -142,7 +142,7 @@ def test_checkpoint_of_another_run_is_refused(tmp_path):
     run(tmp_path)
     with pytest.raises(TrainingError, match="another run"):
         run(tmp_path, learning_rate=0.01)
-    save_file({"model.0.weight": torch.zeros(1)}, tmp_path / CHECKPOINT)
+    save_file({"weights.model.0.weight": torch.zeros(1)}, tmp_path / CHECKPOINT)
     with pytest.raises(TrainingError, match="another run"):
         run(tmp_path)
 
