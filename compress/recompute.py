@@ -24,7 +24,9 @@ def recomputed(model: nn.Module) -> Iterator[None]:
     """
     blocks: list[Any] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not blocks:
-        raise TrainingError(f"recompute: {type(model).__name__} has no blocks to compute anew; expected recompute: false")
+        raise TrainingError(
+            f"recompute: {type(model).__name__} has no blocks to compute anew; expected recompute: false"
+        )
     for block in blocks:
         block.forward = partial(_anew, block.forward)
     try:
@@ -39,4 +41,4 @@ def _anew(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     given = {name: None if name in ("past_key_values", "layer_past") else value for name, value in kwargs.items()}
-    return checkpoint(forward, *args, use_reentrant=False, **given)
+    return checkpoint(partial(forward, **given), *args, use_reentrant=False)

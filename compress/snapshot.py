@@ -41,7 +41,7 @@ class Progress:
 
 def weights_of(model: nn.Module, buffers: bool = True) -> Weights:
     """Copies of all that training changes: trained parameters and buffers, shared ones once."""
-    tensors = {name: one for name, one in model.named_parameters() if one.requires_grad}
+    tensors: Weights = {name: one for name, one in model.named_parameters() if one.requires_grad}
     tensors |= dict(model.named_buffers()) if buffers else {}
     return {name: one.detach().clone(memory_format=torch.contiguous_format) for name, one in tensors.items()}
 
@@ -57,7 +57,10 @@ def put_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 def write(
     path: Path, identity: str, progress: Progress, parts: Mapping[str, Weights], optimizer: torch.optim.Optimizer
 ) -> None:
-    """Write a checkpoint: its `weights`, the `best` ones and their `average`; a kill leaves it whole or the one before."""
+    """Write a checkpoint, its parts the `weights`, the `best` ones and their `average`.
+
+    A kill leaves the one before or this one, never half of it.
+    """
     tensors = {f"{part}.{name}": tensor for part, weights in parts.items() for name, tensor in weights.items()}
     for index, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": tensor.contiguous() for name, tensor in moments.items()}

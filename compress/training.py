@@ -1,9 +1,9 @@
 """The one training loop: accelerate below, one model and one loss function given, resumable to the same bits.
 
 All that a run is, is a function of its step: data order and dropout are seeded by epoch and step, and the learning rate
-follows the share of the run that is done. So a checkpoint needs the weights, their average, the optimizer's moments, the
-best weights so far and a position, and no random state. A run bounded by `minutes` follows the clock and can't repeat
-its bits.
+follows the share of the run that is done. So a checkpoint needs the weights, their average, the optimizer's moments,
+the best weights so far and a position, and no random state. A run bounded by `minutes` follows the clock and can't
+repeat its bits.
 """
 
 from __future__ import annotations

@@ -46,11 +46,12 @@ class Losses(_FIELDS):
 
         Hidden states of unlike widths can't be compared.
         """
+        names = ["hidden"] if same_width else []
         if task.name == "feature-extraction":
-            return cls(hidden=1.0, embedding=1.0) if same_width else cls(similarity=1.0)
-        states = {"hidden": 1.0} if same_width else {}
-        labels = {"task": 1.0} if labelled and not task.packs else {}
-        return cls(**states, logits=1.0, **labels)
+            names += ["embedding"] if same_width else ["similarity"]
+        else:
+            names += ["logits", "task"] if labelled and not task.packs else ["logits"]
+        return cls.model_validate(dict.fromkeys(names, 1.0))
 
     def chosen(self) -> dict[str, Loss]:
         """The losses that count."""

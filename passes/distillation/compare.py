@@ -107,7 +107,7 @@ class Comparison:
                 pair = mine, theirs
                 if name in self.taps:
                     pair = replace(mine, heads=my_heads[name]), replace(theirs, heads=their_heads[name])
-                own = self.beside[name] if name in self.beside else None
+                own = dict(self.beside.items()).get(name)
                 found[name] = loss.weight * loss.of(*pair, own)
         return found
 

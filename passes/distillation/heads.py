@@ -74,4 +74,6 @@ def tap(model: PreTrainedModel, layout: Layout, block: int | None = None) -> Tap
             if axis.kind == "heads" and axis.units and sites and all(site.module in modules for site in sites):
                 return Tap(model, axis, sites, bool(stack.caches))
     where = "no block" if block is None else f"not block {block}"
-    raise TrainingError(f"distill: {where} of '{stack.module}' has heads left; expected some, whose attention to compare")
+    raise TrainingError(
+        f"distill: {where} of '{stack.module}' has heads left; expected some, whose attention to compare"
+    )

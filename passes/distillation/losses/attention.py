@@ -10,22 +10,35 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from passes.distillation.losses.base import Loss, Reads, Seen, kl
+from passes.distillation.losses.base import Heads, Loss, Reads, Seen, kl
+from passes.distillation.losses.states import total
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Pair = tuple["Tensor", "Tensor"]
 
+def relation(a: Tensor, b: Tensor, mask: Tensor, causal: bool = False) -> Tensor:
+    """Log-probabilities ``log softmax(a b^T / sqrt(places))`` with which tokens relate to the real ones.
 
-def relation_kl(student: Pair, teacher: Pair, mask: Tensor, causal: bool = False) -> Tensor:
-    """KL(teacher || student) of the relations ``softmax(a b^T / sqrt(places))``, averaged over heads and real tokens.
-
-    Each model gives two tensors a and b (batch, heads, sequence, places), their heads the same in number.
+    `a` and `b` are (batch, heads, sequence, places), the result is (batch, heads, sequence, sequence).
     """
-    theirs, mine = (_relation(*pair, mask, causal) for pair in (teacher, student))
-    rows = kl(theirs, mine).transpose(1, 2)[mask]
+    a, b = (one.float().masked_fill(~mask[:, None, :, None], 0.0) for one in (a, b))
+    seen = mask[:, None, None, :]
+    if causal:
+        seen = seen & mask.new_ones(mask.shape[1], mask.shape[1]).tril()
+    return (a @ b.mT / math.sqrt(a.shape[-1])).masked_fill(~seen, -1e4).log_softmax(-1)
+
+
+def relation_kl(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
+    """KL(teacher || student) of relations, as many heads in both, averaged over heads and real tokens."""
+    rows = kl(teacher, student).transpose(1, 2)[mask]
     return rows.sum() / max(1, rows.numel())
+
+
+def attention(heads: Heads, mask: Tensor) -> Tensor:
+    """Log-probabilities of the attention of each head; under grouped queries several look by the same key."""
+    keys = heads.keys.repeat_interleave(heads.queries.shape[1] // heads.keys.shape[1], 1)
+    return relation(heads.queries, keys, mask, heads.causal)
 
 
 def relation_heads(vectors: Tensor, heads: int) -> Tensor:
@@ -52,14 +65,10 @@ class Attention(AttentionLoss):
 
     def of(self, student: Seen, teacher: Seen, own: Any = None) -> Tensor:
         """The divergence of attention and of value relations."""
-        mine, theirs = student.heads, teacher.heads
-        # Under grouped queries several heads look by the same key.
-        keys = [one.keys.repeat_interleave(one.queries.shape[1] // one.keys.shape[1], 1) for one in (mine, theirs)]
-        pairs = [
-            [(one.queries, key), (one.values, one.values)] for one, key in zip((mine, theirs), keys, strict=True)
-        ]
-        looks, values = zip(*pairs, strict=True)
-        return relation_kl(*looks, student.mask, theirs.causal) + relation_kl(*values, student.mask)
+        mask, both = student.mask, (student.heads, teacher.heads)
+        mine, theirs = (attention(heads, mask) for heads in both)
+        my_values, their_values = (relation(heads.values, heads.values, mask) for heads in both)
+        return relation_kl(mine, theirs, mask) + relation_kl(my_values, their_values, mask)
 
 
 class Relations(AttentionLoss):
@@ -72,20 +81,12 @@ class Relations(AttentionLoss):
 
     def of(self, student: Seen, teacher: Seen, own: Any = None) -> Tensor:
         """The divergence of the three relations."""
-        loss = 0.0
+        losses = []
         for name in ("queries", "keys", "values"):
-            mine, theirs = getattr(student.heads, name), getattr(teacher.heads, name)
-            common = math.gcd(*(one.shape[1] * one.shape[3] for one in (mine, theirs)))
-            heads = max(count for count in range(1, self.heads + 1) if common % count == 0)
-            pairs = [(split, split) for split in (relation_heads(one, heads) for one in (mine, theirs))]
-            loss = loss + relation_kl(*pairs, student.mask)
-        return loss
-
-
-def _relation(a: Tensor, b: Tensor, mask: Tensor, causal: bool) -> Tensor:
-    """Log-probabilities (batch, heads, sequence, sequence) with which tokens relate to the real ones."""
-    a, b = (one.float().masked_fill(~mask[:, None, :, None], 0.0) for one in (a, b))
-    seen = mask[:, None, None, :]
-    if causal:
-        seen = seen & mask.new_ones(mask.shape[1], mask.shape[1]).tril()
-    return (a @ b.mT / math.sqrt(a.shape[-1])).masked_fill(~seen, -1e4).log_softmax(-1)
+            both = [getattr(seen.heads, name) for seen in (student, teacher)]
+            width = math.gcd(*(one.shape[1] * one.shape[3] for one in both))
+            heads = max(count for count in range(1, self.heads + 1) if width % count == 0)
+            split = [relation_heads(one, heads) for one in both]
+            mine, theirs = (relation(one, one, student.mask) for one in split)
+            losses.append(relation_kl(mine, theirs, student.mask))
+        return total(losses)

@@ -47,9 +47,9 @@ class Seen:
     """What one model shows on a batch.
 
     `mask` (batch, sequence) is true at real tokens; `states` are (batch, sequence, hidden), one tensor a block that is
-    compared; `predictions` are (..., classes), `counted` says which rows of them count, all where None; `heads` are those of
-    one attention; `loss` is the model's own on the labels. Beside a teacher may stand a `reference`: a student that has learned already. `share` is
-    that of the training run that is done.
+    compared; `predictions` are (..., classes), `counted` says which rows of them count, all where None; `heads` are
+    those of one attention; `loss` is the model's own on the labels. Beside a teacher may stand a `reference`, a student
+    that has learned already. `share` is that of the training run that is done.
     """
 
     mask: Tensor

@@ -72,14 +72,19 @@ def info_nce(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 def mutual_information(student: Tensor, teacher: Tensor, temperature: float, alpha: float) -> Tensor:
     """The lower bound I_alpha on the information that the embeddings have in common, estimated in the batch.
 
-    ``1 + E[f(x, y)] - E[log a(y)] - E[e^f(x', y) / a(y)]`` with ``a(y) = alpha mean_x e^f(x, y) + 1 - alpha`` and the
-    critic f a cosine over the temperature; alpha = 1 is `info_nce` up to the logarithm of the batch. Poole et al.,
-    arXiv:1905.06922.
+    ``1 + E[f(x, y) - log a(y)] - E[e^f(x', y) / a'(y)]`` with ``a(y) = alpha mean_x e^f(x, y) + 1 - alpha``, where x'
+    are the other texts and a' knows them alone; the critic f is a cosine over the temperature. alpha = 1 is `info_nce`
+    up to the logarithm of the batch, alpha near 0 the bound of Nguyen et al. Poole et al., arXiv:1905.06922.
     """
+    count = len(student)
+    if count < 2:
+        return student.sum() * 0
     scores = _critic(teacher, student, temperature)  # row: the teacher's y, column: the student's x
-    least = scores.new_tensor(1 - alpha).log()
-    baseline = (scores.logsumexp(-1) - math.log(len(scores)) + math.log(alpha)).logaddexp(least)
-    return 1 + (scores.diagonal() - baseline).mean() - (scores - baseline[:, None]).exp().mean()
+    others = scores.masked_fill(scores.new_ones(count).diag().bool(), -1e4)
+    rest = scores.new_tensor(1 - alpha).log()
+    everyone, strangers = (one.logsumexp(-1) - math.log(size) for one, size in ((scores, count), (others, count - 1)))
+    baseline, against = ((mean + math.log(alpha)).logaddexp(rest) for mean in (everyone, strangers))
+    return 1 + (scores.diagonal() - baseline).mean() - (strangers - against).exp().mean()
 
 
 class EmbeddingLoss(Loss):

@@ -18,6 +18,7 @@ from compress.state import State
 from passes.distillation.choice import Losses
 from passes.distillation.compare import Comparison
 
+
 def cure(state: State, blocks: Sequence[str], rank: int, recipe: TrainingOptions) -> dict[str, Any]:
     """Give `blocks` deltas of that rank, train them with the model's norms, and tell how it went.
 
@@ -30,7 +31,7 @@ def cure(state: State, blocks: Sequence[str], rank: int, recipe: TrainingOptions
         torch.manual_seed(recipe.seed)
         cure_(state.model, own_record(state.model), dict.fromkeys(blocks, rank))
     predictions = {} if state.task.name == "feature-extraction" else {"logits": 1.0}
-    compare = Comparison(Losses(hidden={"last": 1}, **predictions), state)
+    compare = Comparison(Losses.model_validate({"hidden": {"last": 1}, **predictions}), state)
     with _deltas_and_norms(state.model):
         trained = sum(one.numel() for one in state.model.parameters() if one.requires_grad)
         return {**compare.train(recipe, state.workshop.step, "cure"), "trained_parameters": trained}
