@@ -1,13 +1,19 @@
 """Laws of the distillation losses, over the whole table, and the identities that each is known by."""
 
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from pydantic import ValidationError
 
+from compress.errors import PlanError
 from compress.families import layout_of
+from compress.plan import Plan, Tables, schema
+from exporters import EXPORTERS
+from passes import PASSES
 from passes.distillation.choice import Losses
 from passes.distillation.distill import Distill
 from passes.distillation.heads import tap
@@ -500,6 +506,45 @@ def test_a_list_is_a_distribution_over_its_rows():
 
 
 # In a plan.
+
+
+def test_readme_lists_every_loss():
+    rows = (Path(__file__).parents[1] / "README.md").read_text().partition("| losses |")[2].partition("\n\n")[0]
+    named = [name for row in rows.splitlines()[2:] for name in re.findall(r"`(\w+)`", row.split("|")[1])]
+    assert sorted(named) == sorted(LOSSES)
+
+
+def test_a_plan_is_told_wrong_losses_with_line_and_nearest_name():
+    text = (
+        "model: m\npasses:\n  - distill:\n      losses:\n        hiden: 1\n        jsd: {bta: 1}\n        top: five\n"
+    )
+    with pytest.raises(PlanError) as raised:
+        Plan.read(text, Tables(PASSES, EXPORTERS))
+    told = str(raised.value)
+    for words in (
+        ":5: passes[0].distill.losses.hiden: unknown option; expected one of hidden, tokens,",
+        "(did you mean 'hidden'?)",
+        ":6: passes[0].distill.losses.jsd.bta: unknown option; expected one of weight, temperature, keep, beta",
+        ":7: passes[0].distill.losses.top: met 'five'; expected its weight, or options such as {weight: 1}",
+    ):
+        assert words in told
+
+
+def test_the_schema_knows_every_loss_and_its_options():
+    jsonschema = pytest.importorskip("jsonschema", reason="the package that validates against JSON schemas")
+    validator = jsonschema.Draft202012Validator(schema(Tables(PASSES, EXPORTERS)))
+
+    def fits(**losses) -> bool:
+        return validator.is_valid({"passes": [{"distill": {"losses": losses}}]})
+
+    for name in LOSSES:
+        assert fits(**{name: 1})
+        assert fits(**{name: {"weight": 0.5}})
+        assert not fits(**{name: {"wight": 0.5}})
+        assert not fits(**{name: "much"})
+    assert fits(jsd={"beta": 0.5}, logits={"weight": 1, "temperature": 2})
+    assert not fits(jsd={"beta": 1.5})
+    assert not fits(hiden=1)
 
 
 def test_losses_are_told_by_weight_or_options():

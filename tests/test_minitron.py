@@ -325,6 +325,8 @@ def test_states_of_other_widths_are_not_compared(name, instead, tmp_path):
     (state,) = Minitron(hidden=16 if name == "bert" else 12, recovery_steps=0).run(trainable(name, tmp_path))
     with pytest.raises(TrainingError, match=f"of width .* expected a loss that needs no equal widths: {instead}"):
         Comparison(Losses(hidden=1.0), state)
+    (map_,) = Comparison(Losses(hidden={"project": True, "last": 1}), state).beside["hidden"]
+    assert map_.weight.nonzero()[:, 0].tolist() == state.kept["hidden"], "channels are put where they were"
     state = replace(state, workshop=replace(state.workshop, step=tmp_path / "distill"))
     (after,) = Distill(steps=2, batch_size=8).run(state)
     assert after.figures["losses"] == {instead: 1.0} == Losses(**{instead: 1}).model_dump(exclude_defaults=True)

@@ -74,7 +74,9 @@ class Comparison:
         """What learned parts have to fit."""
         mine, theirs = (model.config.hidden_size for model in (self.state.model, self.state.dense.model))
         blocks = list(self.state.layout.stacks.values())[-1].length
-        return Widths(mine, theirs, blocks, self.state.kept.get(HIDDEN))
+        kept = self.state.kept.get(HIDDEN)
+        known = kept and len(kept) == mine and max(kept) < theirs  # else they are counted as in a model before that
+        return Widths(mine, theirs, blocks, kept if known else None)
 
     def attentions(self, loss: Any, teacher: Any) -> tuple[Tap, Tap]:
         """Where a loss of attention finds the student's and the teacher's."""

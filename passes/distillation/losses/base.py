@@ -115,7 +115,8 @@ class Loss(Options):
         if isinstance(given, dict | Loss):
             return given
         if isinstance(given, bool) or not isinstance(given, int | float):
-            raise ValueError(f"met {given!r}; expected its weight, or options such as {{weight: 1}}")
+            met = str(given).lower() if isinstance(given, bool) else repr(given)
+            raise ValueError(f"met {met}; expected its weight, or options such as {{weight: 1}}")
         return {"weight": given}
 
     @model_serializer(mode="wrap")
