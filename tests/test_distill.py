@@ -179,6 +179,17 @@ def test_gradients_reach_the_student_and_what_is_beside_it_alone(tmp_path):
     assert set(compare.beside) == {"taid", *(name for name, cls in LOSSES.items() if "project" in cls.model_fields)}
 
 
+def test_losses_stay_float32_where_the_models_run_in_bfloat16(tmp_path):
+    state = make_state(tmp_path, "text-generation")
+    prune(state, heads=2)
+    compare = Comparison(Losses(**dict.fromkeys(set(LOSSES) - {"task"}, 1.0)), state)
+    batch = next(iter(state.data.batches("train", 8)))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = compare.losses(compare.student, batch)
+    assert {loss.dtype for loss in found.values()} == {torch.float32}
+    assert all(loss.isfinite() for loss in found.values())
+
+
 @pytest.mark.parametrize("task", ["feature-extraction", "text-classification", "text-generation"])
 def test_a_narrower_student_learns_by_maps_that_are_thrown_away(tmp_path, task):
     state = make_state(tmp_path, task)

@@ -22,13 +22,14 @@ from passes.distillation.losses.attention import attention, relation, relation_h
 from passes.distillation.losses.base import Heads, Seen, Widths, pooled
 from passes.distillation.losses.embeddings import (
     info_nce,
+    lead,
     mutual_information,
     rkd_angle,
     rkd_distance,
     similarity_distance,
 )
 from passes.distillation.losses.logits import most_to_gain, plan
-from passes.distillation.losses.states import OFFICIAL_EPSILON, token_distance
+from passes.distillation.losses.states import OFFICIAL_EPSILON, graph_distance, token_distance
 from passes.distillation.losses.tasks import listwise_kl, margin_mse
 from tests.conftest import TINY
 
@@ -55,8 +56,8 @@ def tensors(seed: int) -> dict[str, list[torch.Tensor]]:
 
 def show(parts: dict[str, list[torch.Tensor]], mask: torch.Tensor = MASK) -> Seen:
     (predictions,) = parts["predictions"]
-    labels = tensors(2)["predictions"][0]
-    loss = (predictions[mask] - labels[: len(mask)][mask]).square().mean()
+    labels = tensors(2)["predictions"][0][: len(mask)]
+    loss = (predictions[:, :LENGTH] - labels)[mask[:, :LENGTH]].square().mean()
     return Seen(mask, parts["states"], predictions, mask, Heads(*parts["heads"]), loss)
 
 
@@ -123,6 +124,17 @@ def test_padding_never_matters(name, poison):
             tokens = one.transpose(1, 2) if key == "heads" else one
             assert tokens[~MASK].abs().max() == 0
             assert tokens[MASK].abs().max() > 0
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_more_padding_changes_nothing(name):
+    def longer(parts):
+        return {key: [torch.nn.functional.pad(one, (0, 0, 0, 3)) for one in two] for key, two in parts.items()}
+
+    mask = torch.nn.functional.pad(MASK, (0, 3))
+    loss, pair = LOSSES[name](), (tensors(1), tensors(2))
+    long = [replace(show(longer(parts), mask), loss=show(parts).loss) for parts in pair]
+    torch.testing.assert_close(loss.of(*long), loss.of(*map(show, pair)))
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -303,6 +315,14 @@ def test_taid_goes_from_the_student_to_the_teacher():
         assert loss.compare(q, p, own=own).item() == pytest.approx(forward, rel=1e-5), "a validation has the teacher"
 
 
+def test_taid_holds_its_goal_still():
+    # The gradient of KL(r || q) in the logits of q is q - r where r is no function of them.
+    q, p, loss = draw(1, 1, CLASSES).requires_grad_(), draw(2, 1, CLASSES), LOSSES["taid"](start=0.3)
+    (gradient,) = torch.autograd.grad(loss.compare(q, p, own=loss.learned(WIDTHS), share=0.0), q)
+    goal = (0.7 * q + 0.3 * p).softmax(-1)
+    torch.testing.assert_close(gradient, q.softmax(-1) - goal, rtol=1e-4, atol=1e-6)
+
+
 def test_taid_rises_with_the_run_and_ahead_of_it_while_the_loss_falls():
     loss = LOSSES["taid"](rise=0.1, momentum=0.5)
 
@@ -416,6 +436,20 @@ def test_at_alpha_one_information_is_what_telling_apart_leaves_of_the_batch():
     student, teacher = draw(1, 8, WIDTH), draw(2, 8, WIDTH)
     found = mutual_information(student, teacher, 0.5, 1.0).item()
     assert found == pytest.approx(math.log(8) - info_nce(teacher, student, 0.5).item(), abs=1e-5)
+
+
+def test_the_graph_of_a_text_is_a_mean_over_pairs_and_blocks():
+    square, mask = torch.eye(2)[None], torch.ones(1, 2, dtype=torch.bool)
+    alike = torch.ones(1, 2, 2)
+    assert graph_distance([square], [alike], mask).item() == pytest.approx(0.5)  # of four pairs two differ by 1
+    assert graph_distance([square, square], [alike, alike], mask).item() == pytest.approx(0.5)
+
+
+def test_no_text_is_its_own_neighbour():
+    student, teacher = torch.eye(3), torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    sure = lead(student, teacher, 0.02).item()
+    # The first two have one likeness each, the third none; the student is undecided between two others throughout.
+    assert sure == pytest.approx(2 / 3 * math.log(2), rel=1e-4)
 
 
 def test_pooling_is_the_mean_of_real_tokens():
