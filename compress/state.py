@@ -172,6 +172,7 @@ class State:
         self.dense = Teacher(None, self.task)
         self.dense.model = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.facts.pop(VOCABULARY.name, None)  # it told of the former dense model's tokens
+        self.kept = {}  # these were its units
 
 
 def dense_name(name: str, model: PreTrainedModel) -> str:
