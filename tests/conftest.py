@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -185,6 +186,28 @@ def answer(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     if mask is not None and first.ndim == 3 and first.shape[:2] == mask.shape:
         first = first[mask.bool()]
     return first.flatten()
+
+
+def precise(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The answer of a copy in float64, in which models that must compute the same are compared.
+
+    Large weights and unscaled attention make of a rounding error in float32 anything, and how a machine rounds depends
+    on shapes.
+    """
+    doubles = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+    return answer(copy.deepcopy(model).double(), doubles)
+
+
+def assert_one_model(one: PreTrainedModel, other: PreTrainedModel, inputs: Mapping[str, Tensor]) -> None:
+    """That two models, most often a saved and a loaded one, have equal weights, bit for bit, and compute the same.
+
+    In float32 what they compute may differ by a bit: loaded weights lie wherever the file was mapped, and the kernels
+    of some machines choose by how memory is aligned.
+    """
+    weights, others = one.state_dict(), other.state_dict()
+    assert weights.keys() == others.keys()
+    assert [name for name, weight in weights.items() if not torch.equal(weight, others[name])] == []
+    torch.testing.assert_close(precise(one, inputs), precise(other, inputs), rtol=1e-12, atol=1e-12)
 
 
 @pytest.fixture(params=TINY)

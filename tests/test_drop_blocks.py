@@ -21,7 +21,7 @@ from passes.pruning.depth.drop_blocks import DropBlocks
 from passes.pruning.depth.removal import by_angle, by_influence, by_loss, candidates, likelihood_loss, removed, without
 from passes.pruning.depth.scores import angular_distances, greedily, influence, nearest_range
 from passes.pruning.depth.watch import first_of, last_of
-from tests.conftest import GENERATING, TINY, answer
+from tests.conftest import GENERATING, TINY, assert_one_model, precise
 from tests.paper import Paper, state_of
 
 STACKS = {
@@ -126,14 +126,14 @@ def test_first_and_last_real_token_under_any_padding(mask, first, last):
 def test_a_block_that_adds_nothing_goes_first_and_changes_nothing(name, score, tmp_path):
     state = state_with(name, tmp_path)
     make_identity_(state, STACKS[name], 2)
-    before = answer(state.model, TINY[name].example())
+    before = precise(state.model, TINY[name].example())
     gone, scores = SCORES[score](
         state, candidates(state.layout, "blocks", keep_first=1, keep_last=1), batches_of(state)
     )(1)
     assert gone == [f"{STACKS[name]}.2"]
     assert scores == [0.0]
     shallower = removed(state, gone)
-    torch.testing.assert_close(answer(shallower.model, TINY[name].example()), before, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(precise(shallower.model, TINY[name].example()), before, rtol=1e-9, atol=1e-9)
     if name in GENERATING:
         inputs = {key: value[:1] for key, value in TINY[name].example().items() if not key.startswith("decoder")}
         words = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
@@ -185,14 +185,14 @@ def test_padding_has_no_say(name, score, tmp_path):
 def test_removed_equals_without(name, parts, tmp_path):
     state = state_of(TINY[name], tmp_path)
     names, inputs = candidates(state.layout, parts, 1, 0), TINY[name].example()
-    whole = answer(state.model, inputs)
+    whole = precise(state.model, inputs)
     for gone in (names[:1], names[1:]):
         with without(state.model, state.layout, gone):
-            expected = answer(state.model, inputs)
+            expected = precise(state.model, inputs)
         shallower = removed(state, gone).model
-        torch.testing.assert_close(answer(shallower, inputs), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(precise(shallower, inputs), expected, rtol=1e-9, atol=1e-9)
         assert (expected - whole).abs().max() > 1e-4 or not gone
-    assert torch.equal(answer(state.model, inputs), whole)
+    assert torch.equal(precise(state.model, inputs), whole)
 
 
 def test_greed_on_a_language_model_is_by_likelihood(tmp_path):
@@ -279,8 +279,7 @@ def test_names_stay_those_of_the_dense_model(tmp_path):
     assert state.layout.stacks["model.layers"].length == 4
     checkpoint.save(result.model, tmp_path / "saved")
     loaded, _ = checkpoint.load(tmp_path / "saved", state.task)
-    inputs = TINY["llama"].example()
-    assert torch.equal(answer(loaded.eval(), inputs), answer(result.model, inputs))
+    assert_one_model(loaded, result.model, TINY["llama"].example())
 
 
 # The promise

@@ -20,7 +20,7 @@ from compress.runtimes.graph import share_weights
 from compress.sharing import cure_, matrices, share_
 from passes.pruning.depth.fold import Fold, partition
 from passes.pruning.depth.gates import gate, gated, similarities, train_gates
-from tests.conftest import TINY, answer
+from tests.conftest import TINY, answer, assert_one_model, precise
 from tests.paper import state_of
 
 DEPTHS = {
@@ -118,7 +118,7 @@ def test_what_is_shared_is_stored_once_and_loads_shared(deep, tmp_path):
         assert_shared(one, sharing)
         assert one.config.quantization_config == model.config.quantization_config
         assert layout_of(one) == state.layout
-        assert torch.equal(answer(one, deep.example()), answer(model, deep.example()))
+        assert_one_model(one, model, deep.example())
 
 
 def test_norms_stay_private(tmp_path):
@@ -162,8 +162,7 @@ def test_dropping_blocks_of_a_group_keeps_the_rest_shared(keep, shared, cured, t
     checkpoint.save(model, tmp_path / "model")
     loaded = type(model).from_pretrained(tmp_path / "model")
     assert_shared(loaded, {f"model.{block}": f"model.{source}" for block, source in (shared or {}).items()})
-    inputs = TINY["llama"].example()
-    assert torch.equal(answer(loaded, inputs), answer(model, inputs))
+    assert_one_model(loaded, model, TINY["llama"].example())
     assert layout_of(loaded) == layout
 
 
@@ -224,15 +223,15 @@ def test_a_shut_gate_is_the_block_dropped_and_an_open_one_the_block(name):
     model, inputs = DEEP[name].build(), DEEP[name].example()
     layout, ((stack, _),) = layout_of(model), layout_of(model).stacks.items()
     blocks = [model.get_submodule(f"{stack}.{index}") for index in (1, 2)]
-    expected = answer(model, inputs)
+    expected = precise(model, inputs)
     gates = gate(torch.tensor([0.0, 1e9]), 1e-4)
     with gated(blocks, gates):
-        shut = answer(model, inputs)
+        shut = precise(model, inputs)
     with gated(blocks, torch.ones(2)):
-        opened = answer(model, inputs)
-    torch.testing.assert_close(opened, expected, rtol=1e-4, atol=1e-5)
+        opened = precise(model, inputs)
+    torch.testing.assert_close(opened, expected, rtol=1e-9, atol=1e-9)
     layout.drop(model, stack, [0, 2, 3])
-    torch.testing.assert_close(shut, answer(model, inputs), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(shut, precise(model, inputs), rtol=1e-9, atol=1e-9)
 
 
 def identity(model, layout, block):
@@ -252,10 +251,10 @@ def test_a_block_that_does_nothing_goes_first_and_costs_nothing(name, rank, tmp_
     state = state_of(DEEP[name], tmp_path)
     stack = next(iter(state.layout.stacks))
     identity(state.model, state.layout, f"{stack}.2")
-    expected = answer(state.model, DEEP[name].example())
+    expected = precise(state.model, DEEP[name].example())
     fold(state, group=1, remove=1, rank=rank, gate_steps=40)
     assert state.figures["removed"] == [f"{stack}.2"]
-    torch.testing.assert_close(answer(state.model, DEEP[name].example()), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(precise(state.model, DEEP[name].example()), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_gates_know_what_one_block_makes_up_for():
@@ -300,7 +299,7 @@ def test_curing_starts_from_the_shared_model_and_lowers_the_tail_loss(name, tmp_
     assert [one.requires_grad for one in shared.parameters()] == asked
     checkpoint.save(model, tmp_path / "saved")
     loaded = type(model).from_pretrained(tmp_path / "saved").eval()
-    assert torch.equal(answer(loaded, DEEP[name].example()), answer(model, DEEP[name].example()))
+    assert_one_model(loaded, model, DEEP[name].example())
     assert loaded.config.quantization_config == model.config.quantization_config
 
 

@@ -13,7 +13,7 @@ from compress.contract import Part
 from compress.errors import LayoutError
 from compress.families import layout_of
 from passes import PASSES
-from tests.conftest import GENERATING, TINY, answer
+from tests.conftest import GENERATING, TINY, assert_one_model
 from tests.paper import Paper, state_of
 
 # What each pass is run with; {} where a pass needs nothing said.
@@ -97,8 +97,7 @@ def test_what_comes_out_is_smaller_and_loads_as_it_was(outcome, tmp_path):
     checkpoint.save(state.model, tmp_path / "saved")
     loaded = type(state.model).from_pretrained(tmp_path / "saved").eval()
     assert sum(one.numel() for one in loaded.parameters()) == count[0]
-    inputs = tiny.example()
-    assert torch.equal(answer(loaded, inputs), answer(state.model, inputs))
+    assert_one_model(loaded, state.model, tiny.example())
     assert layout_of(loaded) == state.layout
 
 

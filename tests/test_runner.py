@@ -51,7 +51,8 @@ class Shift(Pass):
             RAN.append(f"shift {by:g}")
             branch = state.branch()
             with torch.no_grad():
-                branch.model.embeddings.word_embeddings.weight += by
+                words = branch.model.embeddings.word_embeddings
+                words.weight = torch.nn.Parameter(words.weight + by)  # branches share the memory of their weights
             branch.figures["by"] = by
             yield branch
 

@@ -14,7 +14,7 @@ from compress.errors import LayoutError
 from compress.families import layout_of
 from compress.layout import record_of
 from compress.uniform import HIDDEN, drop, narrow, places, spans, tied_to_heads
-from tests.conftest import TINY, answer
+from tests.conftest import TINY, assert_one_model, precise
 
 HEADS = ("num_attention_heads", "n_heads", "n_head", "encoder_attention_heads", "decoder_attention_heads")
 FOLLOWING = [("electra", {"embedding_size": 24}), *((name, {}) for name in TINY)]
@@ -62,7 +62,7 @@ def test_keeping_all_is_the_identity(name, entries):
     model, layout = build(name, **entries)
     inputs = TINY[name].example()
     same = narrow(model, layout, {})
-    assert torch.equal(answer(same, inputs), answer(model, inputs))
+    assert_one_model(same, model, inputs)
     assert layout_of(same) == layout
 
 
@@ -78,7 +78,7 @@ def test_what_is_narrowed_is_the_stock_model_of_its_config(name, entries):
     fresh = type(model)(type(small.config).from_dict(small.config.to_dict())).eval()
     assert not any(fresh.load_state_dict(small.state_dict()))
     inputs = TINY[name].example()
-    assert torch.equal(answer(fresh, inputs), answer(small, inputs))
+    assert_one_model(fresh, small, inputs)
     table = small.get_input_embeddings()
     if isinstance(table, nn.Embedding) and table.embedding_dim == len(keep):
         assert torch.equal(table.weight, model.get_input_embeddings().weight[:, list(keep)])
@@ -101,9 +101,9 @@ def test_of_twin_channels_one_is_enough(name):
     small = narrow(model, layout, keep)
     if name == "gemma3":  # multiplies what it embeds by the root of the hidden width
         small.get_input_embeddings().weight.data *= 2**0.5
-    wide = answer(model, tiny.example()).view(-1, model.config.hidden_size)
-    narrowed = answer(small, tiny.example()).view(-1, small.config.hidden_size)
-    torch.testing.assert_close(narrowed, wide[:, : small.config.hidden_size], rtol=1e-3, atol=1e-4)
+    wide = precise(model, tiny.example()).view(-1, model.config.hidden_size)
+    narrowed = precise(small, tiny.example()).view(-1, small.config.hidden_size)
+    torch.testing.assert_close(narrowed, wide[:, : small.config.hidden_size], rtol=1e-4, atol=1e-4)
 
 
 def test_places_and_origins_outlive_narrowing_and_dropping():
