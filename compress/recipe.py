@@ -19,7 +19,8 @@ class TrainingOptions(Options):
     by `minutes` follows the clock, so it does not give the same bits twice, nor when resumed. One update takes
     `accumulate` batches of `batch_size` rows. `validate_every` and `checkpoint_every` count updates; left out, the
     first is a tenth of the run and the second a minute. `patience` is the number of validations without a gain after
-    which to stop. `precision: auto` is bfloat16 where the hardware has it, float32 elsewhere.
+    which to stop. `precision: auto` is bfloat16 where the hardware has it, float32 elsewhere. With `average` it is the
+    moving average of the weights that is validated and kept.
     """
 
     steps: int | None = Field(default=None, ge=1, description="weight updates")
@@ -37,6 +38,12 @@ class TrainingOptions(Options):
     clip: float | None = Field(default=1.0, gt=0, description="largest norm of the gradient")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="of the forward and backward pass"
+    )
+    average: float | None = Field(
+        default=None, gt=0, lt=1, description="of the weights, the share that stays at each update, fewer at first"
+    )
+    recompute: bool = Field(
+        default=False, description="whether the backward pass computes blocks anew: slower, in far less memory"
     )
     dropout: bool = Field(default=True, description="whether the model's dropout is on")
     validate_every: int | None = Field(default=None, ge=1, description="updates between validations")

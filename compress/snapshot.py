@@ -39,9 +39,10 @@ class Progress:
     history: list[dict[str, float]] = field(default_factory=list)
 
 
-def weights_of(model: nn.Module) -> Weights:
+def weights_of(model: nn.Module, buffers: bool = True) -> Weights:
     """Copies of all that training changes: trained parameters and buffers, shared ones once."""
-    tensors = {name: one for name, one in model.named_parameters() if one.requires_grad} | dict(model.named_buffers())
+    tensors: Weights = {name: one for name, one in model.named_parameters() if one.requires_grad}
+    tensors |= dict(model.named_buffers()) if buffers else {}
     return {name: one.detach().clone(memory_format=torch.contiguous_format) for name, one in tensors.items()}
 
 
@@ -54,11 +55,13 @@ def put_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def write(
-    path: Path, identity: str, progress: Progress, model: nn.Module, optimizer: torch.optim.Optimizer, best: Weights
+    path: Path, identity: str, progress: Progress, parts: Mapping[str, Weights], optimizer: torch.optim.Optimizer
 ) -> None:
-    """Write a checkpoint; a kill leaves the one before or this one, never half of it."""
-    tensors = {f"model.{name}": tensor for name, tensor in weights_of(model).items()}
-    tensors |= {f"best.{name}": tensor for name, tensor in best.items()}
+    """Write a checkpoint, its parts the `weights`, the `best` ones and their `average`.
+
+    A kill leaves the one before or this one, never half of it.
+    """
+    tensors = {f"{part}.{name}": tensor for part, weights in parts.items() for name, tensor in weights.items()}
     for index, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": tensor.contiguous() for name, tensor in moments.items()}
     unfinished = path.with_suffix(".unfinished")
@@ -67,24 +70,26 @@ def write(
     os.replace(unfinished, path)
 
 
-def read(path: Path, identity: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Progress, Weights]:
-    """Put a checkpoint back into model and optimizer; returns the progress and the best weights.
+def read(
+    path: Path, identity: str, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[Progress, Weights, Weights]:
+    """Put a checkpoint back into model and optimizer; returns the progress, the best weights and the average.
 
     Raises TrainingError where the checkpoint is that of another run.
     """
-    parts: dict[str, Weights] = {"model": {}, "best": {}, "optimizer": {}}
+    parts: dict[str, Weights] = {"weights": {}, "best": {}, "average": {}, "optimizer": {}}
+    device = next(model.parameters()).device
     with safe_open(path, framework="pt") as file:
         header = file.metadata() or {}
         if header.get("identity") != identity:
             raise TrainingError(f"{path} is the checkpoint of another run; expected the same options and shapes")
         for key in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
             part, _, name = key.partition(".")
-            parts[part][name] = file.get_tensor(key)
+            parts[part][name] = file.get_tensor(key).to(device)
     moments: dict[int, Weights] = {}
     for name, tensor in parts["optimizer"].items():
         index, _, moment = name.partition(".")
         moments.setdefault(int(index), {})[moment] = tensor
-    put_weights(model, parts["model"])
+    put_weights(model, parts["weights"])
     optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-    device = next(model.parameters()).device
-    return Progress(**json.loads(header["progress"])), {name: one.to(device) for name, one in parts["best"].items()}
+    return Progress(**json.loads(header["progress"])), parts["best"], parts["average"]

@@ -150,6 +150,7 @@ class State:
         So is the memory of all weights: a cut makes new ones and leaves the old model its own, but whoever writes into
         a weight in place gives its module one of its own first.
         """
+        release()  # of the branch before there may be cycles left, and all its weights in them
         model = self.model
         shared: dict[int, Any] = {id(one): nn.Parameter(one.detach(), one.requires_grad) for one in model.parameters()}
         shared |= {id(one): one.detach() for one in model.buffers()}
@@ -171,6 +172,7 @@ class State:
         self.dense = Teacher(None, self.task)
         self.dense.model = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.facts.pop(VOCABULARY.name, None)  # it told of the former dense model's tokens
+        self.kept = {}  # these were its units
 
 
 def dense_name(name: str, model: PreTrainedModel) -> str:

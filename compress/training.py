@@ -1,8 +1,9 @@
 """The one training loop: accelerate below, one model and one loss function given, resumable to the same bits.
 
 All that a run is, is a function of its step: data order and dropout are seeded by epoch and step, and the learning rate
-follows the share of the run that is done. So a checkpoint needs the weights, the optimizer's moments, the best weights
-so far and a position, and no random state. A run bounded by `minutes` follows the clock and can't repeat its bits.
+follows the share of the run that is done. So a checkpoint needs the weights, their average, the optimizer's moments,
+the best weights so far and a position, and no random state. A run bounded by `minutes` follows the clock and can't
+repeat its bits.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -26,6 +28,7 @@ from compress.doctor import bf16_pays
 from compress.errors import TrainingError
 from compress.progress import track
 from compress.recipe import TrainingOptions
+from compress.recompute import recomputed
 from compress.snapshot import Progress, put_weights, weights_of
 
 Batch = Mapping[str, Tensor]
@@ -35,6 +38,15 @@ Loss = Callable[[nn.Module, Batch], Tensor | Mapping[str, Tensor]]
 CHECKPOINT = "training.safetensors"
 CHECKPOINT_SECONDS = 60.0
 VALIDATIONS = 10  # in a run, where the options don't say how often
+
+
+class Beside(nn.ModuleDict):
+    """What a loss learns for its own use: trained, checkpointed and resumed with the model, and no part of it.
+
+    `share` is that of the run that is done.
+    """
+
+    share = 1.0
 
 
 @dataclass(frozen=True)
@@ -47,6 +59,11 @@ class TrainingResult:
     seconds: float
     steps: int
 
+    def figures(self) -> dict[str, Any]:
+        """What a report tells of any training."""
+        told = {"steps": self.steps, "best_step": self.best_step, "training_seconds": self.seconds}
+        return {**told, "history": self.history}
+
 
 def train(
     model: nn.Module,
@@ -57,22 +74,24 @@ def train(
     folder: Path,
     total_steps: int | None,
     validate: Callable[[], float] | None = None,
+    beside: Beside | None = None,
     what: str = "train",
 ) -> TrainingResult:
     """Train `model` in place and leave it with the weights that validated best, those it came with included.
 
     `batches` gives the batches of an epoch, the same ones for the same number. `loss` gives a scalar, or named scalars
-    whose sum is trained. `validate` gives a score, lower is better; without it the last weights stay. A checkpoint
-    found in `folder` is gone on from. Raises TrainingError where there is nothing to train, no data, a loss that is
-    not a number, or the checkpoint of another run.
+    whose sum is trained. `validate` gives a score, lower is better; without it the last weights stay. `beside` is
+    trained along. A checkpoint found in `folder` is gone on from. Raises TrainingError where there is nothing to train,
+    no data, a loss that is not a number, or the checkpoint of another run.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
         raise TrainingError(f"{what}: no parameter of the model requires a gradient; expected at least one")
     home, mode = trained[0].device, model.training
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), recomputed(model) if options.recompute else nullcontext():
         try:
-            progress = _Run(model, options, folder / CHECKPOINT, total_steps, what).go(batches, loss, validate)
+            run = _Run(model, beside or Beside(), options, folder / CHECKPOINT, total_steps, what)
+            progress = run.go(batches, loss, validate)
         finally:
             model.__dict__.pop("_is_accelerate_prepared", None)  # accelerate would not take the model a second time
             model.to(home).train(mode)
@@ -81,24 +100,29 @@ def train(
 
 
 class _Run:
-    """One run: the accelerator, the optimizer, the progress and the best weights."""
+    """One run: the accelerator, the optimizer, the progress, the average and the best weights."""
 
-    def __init__(self, model: nn.Module, options: TrainingOptions, path: Path, total: int | None, what: str) -> None:
+    def __init__(
+        self, model: nn.Module, beside: Beside, options: TrainingOptions, path: Path, total: int | None, what: str
+    ) -> None:
         # Parameters that the loss does not reach (a pooler, say) would stall distributed training otherwise.
         handler = DistributedDataParallelKwargs(find_unused_parameters=True)
         self.accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[handler])
-        self.bare, self.options, self.path, self.total, self.what = model, options, path, total, what
+        self.beside, self.options, self.path, self.total, self.what = beside, options, path, total, what
+        self.held = nn.ModuleDict({"model": model, "beside": beside})  # all that is trained
         self.model = self.accelerator.prepare_model(model)
         self.device = self.accelerator.device
-        self.optimizer = _optimizer(model, options)
+        self.beside.to(self.device)
+        self.optimizer = _optimizer(self.held, options)
         self.bfloat16 = options.precision == "bfloat16" or (options.precision == "auto" and bf16_pays())
         self.progress = Progress()
         self.best: snapshot.Weights = {}
+        self.average: snapshot.Weights = weights_of(self.held, buffers=False) if options.average else {}
         self.settled = True  # False while weights and progress may disagree
-        shapes = [(name, tuple(parameter.shape)) for name, parameter in model.named_parameters()]
+        shapes = [(name, tuple(parameter.shape)) for name, parameter in self.held.named_parameters()]
         self.identity = hashlib.sha256(repr((options.model_dump(), total, shapes)).encode()).hexdigest()
         if path.exists():
-            self.progress, self.best = snapshot.read(path, self.identity, model, self.optimizer)
+            self.progress, self.best, self.average = snapshot.read(path, self.identity, self.held, self.optimizer)
         self.started = time.monotonic() - self.progress.seconds
 
     def go(self, batches: Batches, loss: Loss, validate: Callable[[], float] | None) -> Progress:
@@ -123,9 +147,8 @@ class _Run:
             raise
         if validate and self.progress.history[-1]["step"] != self.progress.step:
             self.judge(validate)  # the clock ended the run between two validations
-        if validate:
-            put_weights(self.bare, self.best)
-        else:
+        put_weights(self.held, self.best if validate else self.average)
+        if not validate:
             self.progress.best_step = self.progress.step
         self.progress.seconds = time.monotonic() - self.started
         return self.progress
@@ -171,7 +194,8 @@ class _Run:
     def step(self, stream: Iterator[tuple[int, int, Batch]], loss: Loss) -> None:
         """Take one step: `accumulate` batches, one update."""
         progress, options, sums = self.progress, self.options, dict(self.progress.sums)
-        rate = options.rate(self.share(progress.step + 0.5))
+        self.beside.share = self.share(progress.step + 0.5)
+        rate = options.rate(self.beside.share)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         for turn in range(options.accumulate):
@@ -187,15 +211,42 @@ class _Run:
                 self.check(values, rate)
                 self.accelerator.backward(total / options.accumulate)
             sums = {name: sums.get(name, 0.0) + value for name, value in values.items()}
+        self.gather()
         if options.clip:
-            norm = self.accelerator.clip_grad_norm_(self.bare.parameters(), options.clip)
+            norm = self.accelerator.clip_grad_norm_(self.held.parameters(), options.clip)
             self.check({"norm of the gradient": float(norm)}, rate)
         self.settled = False
         self.optimizer.step()
         self.optimizer.zero_grad()
         progress.step, progress.epoch, progress.offset = progress.step + 1, epoch, offset
         progress.sums, progress.since, progress.last_loss = sums, progress.since + options.accumulate, values["loss"]
+        self.follow()
         self.settled = True
+
+    def gather(self) -> None:
+        """Bring what is beside the model, which is not wrapped for it, to the same gradients in all processes."""
+        if self.accelerator.num_processes > 1:
+            for parameter in self.beside.parameters():
+                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
+            for buffer in self.beside.buffers():
+                buffer.copy_(broadcast(buffer))
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Move the average, where there is one, towards the weights; it forgets the first ones sooner."""
+        step, current = self.progress.step, dict(self.held.named_parameters())
+        for name, mean in self.average.items():
+            mean.lerp_(current[name], 1 - min(self.options.average or 0, (1 + step) / (10 + step)))
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the weights are their average, where there is one."""
+        own = weights_of(self.held, buffers=False) if self.average else {}
+        put_weights(self.held, self.average)
+        try:
+            yield
+        finally:
+            put_weights(self.held, own)
 
     def autocast(self) -> torch.autocast:
         """Mixed precision, over every model that the loss runs; bfloat16 needs no scaling of the loss."""
@@ -216,22 +267,23 @@ class _Run:
         """Validate, write the entry of the history and hold on to the best weights."""
         progress = self.progress
         self.model.eval()
-        with torch.no_grad(), self.autocast():
-            score = self.agree(validate())
-        self.check({"validation score": score}, self.options.rate(self.share(progress.step)))
+        with self.averaged():
+            with torch.no_grad(), self.autocast():
+                score = self.agree(validate())
+            self.check({"validation score": score}, self.options.rate(self.share(progress.step)))
+            if gained := progress.best_score is None or score < progress.best_score:
+                progress.best_step, progress.best_score, self.best = progress.step, score, weights_of(self.held)
         self.model.train(self.options.dropout)
         means = {name: value / progress.since for name, value in progress.sums.items()}
         progress.history.append({"step": progress.step, **means, "validation": score})
-        progress.sums, progress.since, progress.gainless = {}, 0, progress.gainless + 1
-        if progress.best_score is None or score < progress.best_score:
-            progress.best_step, progress.best_score, progress.gainless = progress.step, score, 0
-            self.best = weights_of(self.bare)
+        progress.sums, progress.since, progress.gainless = {}, 0, 0 if gained else progress.gainless + 1
 
     def save(self) -> None:
         """Write the checkpoint, from the main process."""
         self.progress.seconds = time.monotonic() - self.started
         if self.accelerator.is_main_process:
-            snapshot.write(self.path, self.identity, self.progress, self.bare, self.optimizer, self.best)
+            parts = {"weights": weights_of(self.held), "best": self.best, "average": self.average}
+            snapshot.write(self.path, self.identity, self.progress, parts, self.optimizer)
 
 
 def _optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.Optimizer:

@@ -16,9 +16,11 @@ from compress.state import State, Teacher, Workshop
 from compress.target import Target
 from compress.tasks import TASKS
 from passes.distillation import distill as module
+from passes.distillation.choice import Losses
 from passes.distillation.compare import Comparison
-from passes.distillation.distill import Distill, Weights
+from passes.distillation.distill import Distill
 from passes.distillation.finetune import Finetune
+from passes.distillation.losses import LOSSES
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 WORDS = tuple(f"word{number}" for number in range(40))
@@ -69,10 +71,10 @@ def make_state(folder, task_name: str, rows: int = 160, **config) -> State:
     return state
 
 
-def prune(state: State) -> None:
-    """Leave the model with half of its columns and all heads but one."""
+def prune(state: State, heads: int = 1) -> None:
+    """Leave the model with half of its columns and so many heads, of two."""
     for name, axis in list(state.layout.axes.items()):
-        state.cut(name, range(axis.units // 2) if axis.kind == "columns" else range(axis.units - 1))
+        state.cut(name, range(axis.units // 2) if axis.kind == "columns" else range(heads))
 
 
 def distill(state: State, **options) -> State:
@@ -117,26 +119,32 @@ def test_a_twin_is_left_as_it_is(tmp_path, task):
 
 
 def without_task(task: str) -> dict[str, float]:
-    return {**Weights.fitting(TASKS[task], labelled=True).model_dump(), "task": 0.0}
+    return dict(Losses.fitting(TASKS[task], labelled=False))
 
 
-@pytest.mark.parametrize("name", Weights.model_fields)
+@pytest.mark.parametrize("name", LOSSES)
 def test_each_loss_alone_recovers(tmp_path, name):
     state = make_state(tmp_path, "text-classification")
-    prune(state)
+    prune(state, heads=1 + (name == "attention"))
     after = distill(state, losses={name: 1.0})
     assert after.figures["loss_after"] < after.figures["loss_before"]
     assert set(after.figures["history"][-1]) == {"step", "loss", "validation", name}
 
 
-def test_a_killed_recovery_resumes_to_the_same_bits(tmp_path, monkeypatch):
+LEARNING = {"hidden": {"project": True}, "taid": {"weight": 2, "rise": 0.1}, "leaf": {"project": True}}
+
+
+@pytest.mark.parametrize(
+    "options", [{"dropout": True}, {"losses": LEARNING, "average": 0.9, "recompute": True, "embeddings": True}]
+)
+def test_a_killed_recovery_resumes_to_the_same_bits(tmp_path, monkeypatch, options):
     def pruned(folder):
         folder.mkdir(exist_ok=True)
         state = make_state(folder, "text-classification")
         prune(state)
         return state
 
-    straight = distill(pruned(tmp_path / "straight"), dropout=True, checkpoint_every=4)
+    straight = distill(pruned(tmp_path / "straight"), checkpoint_every=4, **options)
     whole, calls = Comparison.losses, iter(range(1000))
 
     def failing(self, student, batch):
@@ -146,10 +154,131 @@ def test_a_killed_recovery_resumes_to_the_same_bits(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Comparison, "losses", failing)
     with pytest.raises(RuntimeError):
-        distill(pruned(tmp_path / "killed"), dropout=True, checkpoint_every=4)
-    resumed = distill(pruned(tmp_path / "killed"), dropout=True, checkpoint_every=4)
+        distill(pruned(tmp_path / "killed"), checkpoint_every=4, **options)
+    resumed = distill(pruned(tmp_path / "killed"), checkpoint_every=4, **options)
     assert all(torch.equal(one, resumed.model.state_dict()[name]) for name, one in straight.model.state_dict().items())
     assert straight.figures["history"] == resumed.figures["history"]
+
+
+def test_gradients_reach_the_student_and_what_is_beside_it_alone(tmp_path):
+    state = make_state(tmp_path, "text-classification")
+    prune(state, heads=2)
+    losses = {name: {"project": True} if "project" in cls.model_fields else 1.0 for name, cls in LOSSES.items()}
+    compare = Comparison(Losses(**losses), state)
+    compare.teacher.requires_grad_(True)
+    batch = next(iter(state.data.batches("train", 8)))
+    found = compare.losses(compare.student, batch)
+    assert list(found) == list(LOSSES)
+    for name, loss in found.items():
+        loss.backward(retain_graph=True)
+        reached = [one.grad for one in compare.student.parameters() if one.grad is not None]
+        assert max(float(one.abs().max()) for one in reached) > 0, name
+        compare.student.zero_grad()
+    assert all(one.grad is None for one in compare.teacher.parameters())
+    assert all(one.grad.abs().max() > 0 for one in compare.beside.parameters())
+    assert set(compare.beside) == {"taid", *(name for name, cls in LOSSES.items() if "project" in cls.model_fields)}
+
+
+def test_losses_stay_float32_where_the_models_run_in_bfloat16(tmp_path):
+    state = make_state(tmp_path, "text-generation")
+    prune(state, heads=2)
+    compare = Comparison(Losses(**dict.fromkeys(set(LOSSES) - {"task"}, 1.0)), state)
+    batch = next(iter(state.data.batches("train", 8)))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = compare.losses(compare.student, batch)
+    assert {loss.dtype for loss in found.values()} == {torch.float32}
+    assert all(loss.isfinite() for loss in found.values())
+
+
+@pytest.mark.parametrize("task", ["feature-extraction", "text-classification", "text-generation"])
+def test_a_narrower_student_learns_by_maps_that_are_thrown_away(tmp_path, task):
+    state = make_state(tmp_path, task)
+    narrow = copy.deepcopy(state.model.config)
+    narrow.hidden_size, narrow.intermediate_size = 8, 16
+    state.model = getattr(transformers, state.task.auto).from_config(narrow)
+    state.layout = layout_of(state.model)
+    names = set(state.model.state_dict())
+    after = distill(state, losses={"cosine": {"project": True, "last": 2}, "leaf": {"project": True}, "relations": 1})
+    history = after.figures["history"]
+    assert all(history[-1][name] < 0.9 * history[1][name] for name in ("cosine", "leaf"))
+    assert set(after.model.state_dict()) == names
+    assert after.figures["losses"] == {
+        "cosine": {"last": 2, "project": True},
+        "leaf": {"project": True},
+        "relations": 1.0,
+    }
+
+
+def test_a_reference_tells_which_rows_have_most_to_gain(tmp_path):
+    state = make_state(tmp_path, "token-classification")
+    dense = tmp_path / "dense"
+    state.model.save_pretrained(dense)
+    prune(state)
+    batch = next(iter(state.data.batches("train", 8)))
+    alone, asked = (Comparison(Losses(logits={"keep": 0.3}), state, reference) for reference in (None, str(dense)))
+    found = [compare.losses(compare.student.eval(), batch)["logits"] for compare in (alone, asked)]
+    torch.testing.assert_close(*found)  # the dense model leaves nothing, as is supposed where none is named
+    assert found[0] > Comparison(Losses(logits=1.0), state).losses(state.model, batch)["logits"]
+    itself = tmp_path / "itself"
+    state.model.save_pretrained(itself)
+    other = Comparison(Losses(logits={"keep": 0.3}), state, str(itself)).losses(state.model, batch)["logits"]
+    assert other != found[0]
+    with pytest.raises(ValueError, match="no loss asks the reference"):
+        Distill(losses={"logits": 1.0}, reference=str(dense))
+
+
+@pytest.mark.parametrize("name", ["attention", "relations"])
+def test_attention_is_that_of_the_last_block_with_heads(tmp_path, name):
+    state = make_state(tmp_path, "text-generation")
+    compare = Comparison(Losses(**{name: 1.0}), state)
+    assert [one.sites[0].module for one in compare.taps[name]] == ["model.layers.2.self_attn.q_proj"] * 2
+    state.cut("model.layers.2.heads", [])
+    compare = Comparison(Losses(**{name: {"block": 1}}), state)
+    assert [one.sites[0].module for one in compare.taps[name]] == ["model.layers.1.self_attn.q_proj"] * 2
+    assert compare.losses(compare.student, next(iter(state.data.batches("train", 4))))[name].abs() < 1e-6
+    with pytest.raises(TrainingError, match=r"no block 3; expected one of 0\.\.2"):
+        Comparison(Losses(**{name: {"block": 3}}), state)
+
+
+def test_heads_that_differ_in_number_are_not_compared_one_by_one(tmp_path):
+    state = make_state(tmp_path, "text-classification")
+    prune(state)
+    with pytest.raises(TrainingError, match="1 here and 2 in the dense model; expected as many, or the loss relations"):
+        Comparison(Losses(attention=1.0), state)
+    for axis in [name for name in state.layout.axes if name.endswith("heads")]:
+        state.cut(axis, [])
+    with pytest.raises(TrainingError, match=r"no block of .bert\.encoder\.layer. has heads left"):
+        Comparison(Losses(relations=1.0), state)
+
+
+@pytest.mark.parametrize("dropout", [True, False])
+def test_recomputing_blocks_changes_no_bit(tmp_path, dropout, monkeypatch):
+    calls = []
+
+    def recovered(name: str, **options):
+        (folder := tmp_path / name).mkdir()
+        state = make_state(folder, "text-generation", attention_dropout=0.2)
+        prune(state)
+        block = state.model.model.layers[0].self_attn
+        block.register_forward_hook(lambda *_: calls.append(name))
+        return distill(
+            state, steps=3, validate_every=3, dropout=dropout, losses={"hidden": 1, "relations": 1}, **options
+        )
+
+    kept, again = recovered("kept"), recovered("again", recompute=True)
+    assert calls.count("again") == calls.count("kept") + 3
+    assert kept.figures["history"] == again.figures["history"]
+    assert all(torch.equal(one, again.model.state_dict()[name]) for name, one in kept.model.state_dict().items())
+    assert not any("forward" in vars(module) for module in again.model.modules())
+
+
+def test_finetuning_recomputes_without_a_cache(tmp_path):
+    options = {"steps": 2, "batch_size": 8, "precision": "float32", "dropout": False}
+    (kept,) = Finetune(**options).run(make_state(tmp_path, "text-generation"))
+    state = make_state(tmp_path, "text-generation")
+    state.workshop = Workshop(step=tmp_path / "again", run=tmp_path / "run")
+    (again,) = Finetune(**options, recompute=True).run(state)
+    assert kept.figures["history"] == again.figures["history"]
 
 
 @pytest.mark.parametrize("task", ["feature-extraction", "text-generation"])
@@ -158,15 +287,15 @@ def test_dropped_blocks_are_compared_with_the_ones_they_were(tmp_path, task, kee
     state = make_state(tmp_path, task)
     (stack,) = state.layout.stacks
     state.layout = state.layout.drop(state.model, stack, keep)
-    compare = Comparison({"hidden": 1.0}, state, 1.0, 1e-8)
-    assert compare.places(len(keep), 3) == [block + 1 for block in keep[:-1]] + [3]
+    compare = Comparison(Losses(hidden=1.0), state)
+    assert compare.places(len(keep), 3) == [*keep[:-1], 2]
     batch = next(iter(state.data.batches("train", 8)))
     state.model.eval()
     shared = sum(place == index for index, place in enumerate(keep))  # blocks that still see what they saw
     with torch.no_grad():
         inputs = {name: batch[name] for name in batch.keys() & Comparison.inputs}
         mine = compare.student(**inputs, output_hidden_states=True).hidden_states[1:]
-        theirs = compare.teacher(**inputs, output_hidden_states=True).hidden_states
+        theirs = compare.teacher(**inputs, output_hidden_states=True).hidden_states[1:]
     for index, place in enumerate(compare.places(len(keep), 3)[:-1][:shared]):
         torch.testing.assert_close(mine[index], theirs[place])
 
@@ -177,7 +306,7 @@ def test_a_student_of_a_teacher_that_lost_blocks_itself_finds_its_blocks(tmp_pat
     state.layout = state.layout.drop(state.model, stack, [0, 2, 3, 4])
     state.becomes_dense()
     state.layout = state.layout.drop(state.model, stack, [0, 2, 3])  # blocks 0, 3 and 4 of the first model
-    assert Comparison({"hidden": 1.0}, state, 1.0, 1e-8).places(3, 4) == [1, 3, 4]
+    assert Comparison(Losses(hidden=1.0), state).places(3, 4) == [0, 2, 3]
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -191,7 +320,7 @@ def test_padding_never_matters(tmp_path, task):
         name: torch.nn.functional.pad(one, (0, 5), value=fill[name]) if one.ndim == 2 else one
         for name, one in batch.items()
     }
-    compare = Comparison(without_task(task), state, 1.0, 1e-8)
+    compare = Comparison(Losses(**without_task(task)), state)
     short, long = compare.losses(compare.student, batch), compare.losses(compare.student, padded)
     for name in short:
         torch.testing.assert_close(short[name], long[name], rtol=1e-4, atol=1e-6)
@@ -199,17 +328,18 @@ def test_padding_never_matters(tmp_path, task):
 
 def test_heads_are_not_run_where_no_loss_reads_them(tmp_path):
     state = make_state(tmp_path, "text-generation")
-    compare = Comparison({"hidden": 1.0}, state, 1.0, 1e-8)
+    compare = Comparison(Losses(hidden=1.0), state)
     assert compare.student is state.model.model
     assert compare.teacher is state.dense.model.model
-    assert Comparison({"logits": 1.0}, state, 1.0, 1e-8).student is state.model
+    assert Comparison(Losses(logits=1.0), state).student is state.model
 
 
 @pytest.mark.parametrize("labelled", [True, False])
 def test_default_weights(labelled):
-    assert Weights.fitting(TASKS["feature-extraction"], labelled) == Weights(hidden=1.0, embedding=1.0)
-    assert Weights.fitting(TASKS["text-generation"], labelled) == Weights(hidden=1.0, logits=1.0)
-    assert Weights.fitting(TASKS["text-classification"], labelled) == Weights(hidden=1, logits=1, task=float(labelled))
+    assert Losses.fitting(TASKS["feature-extraction"], labelled) == Losses(hidden=1.0, embedding=1.0)
+    assert Losses.fitting(TASKS["text-generation"], labelled) == Losses(hidden=1.0, logits=1.0)
+    classifier = Losses(hidden=1, logits=1, task=1) if labelled else Losses(hidden=1, logits=1)
+    assert Losses.fitting(TASKS["text-classification"], labelled) == classifier
 
 
 def test_what_can_not_be_compared_is_told(tmp_path):
@@ -218,8 +348,6 @@ def test_what_can_not_be_compared_is_told(tmp_path):
         distill(state, losses={"logits": 1.0})
     with pytest.raises(TrainingError, match="feature-extraction has no loss"):
         list(Finetune().run(state))
-    with pytest.raises(ValueError, match="every loss has a weight of 0"):
-        Distill(losses={"hidden": 0.0})
 
 
 def test_labels_are_asked_for_where_the_task_loss_is(tmp_path):

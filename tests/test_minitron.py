@@ -18,9 +18,10 @@ from compress import checkpoint
 from compress.errors import LayoutError, TrainingError
 from compress.families import layout_of
 from compress.layout import record_of
+from passes.distillation.choice import Losses
 from passes.distillation.compare import Comparison
-from passes.distillation.distill import Distill, Weights
-from passes.distillation.losses import similarity_distance
+from passes.distillation.distill import Distill
+from passes.distillation.losses.embeddings import similarity_distance
 from passes.pruning.uniform.candidates import next_token_loss, rescale_, top
 from passes.pruning.uniform.importance import Score, add_back, influence, per_row
 from passes.pruning.uniform.minitron import Minitron
@@ -324,7 +325,9 @@ def test_similarity_knows_no_width_and_no_scale():
 def test_states_of_other_widths_are_not_compared(name, instead, tmp_path):
     (state,) = Minitron(hidden=16 if name == "bert" else 12, recovery_steps=0).run(trainable(name, tmp_path))
     with pytest.raises(TrainingError, match=f"of width .* expected a loss that needs no equal widths: {instead}"):
-        Comparison({"hidden": 1.0}, state, 1.0, 1e-8)
+        Comparison(Losses(hidden=1.0), state)
+    (map_,) = Comparison(Losses(hidden={"project": True, "last": 1}), state).beside["hidden"]
+    assert map_.weight.nonzero()[:, 0].tolist() == state.kept["hidden"], "channels are put where they were"
     state = replace(state, workshop=replace(state.workshop, step=tmp_path / "distill"))
     (after,) = Distill(steps=2, batch_size=8).run(state)
-    assert after.figures["losses"] == {instead: 1.0} == Weights(**{instead: 1}).model_dump(exclude_defaults=True)
+    assert after.figures["losses"] == {instead: 1.0} == Losses(**{instead: 1}).model_dump(exclude_defaults=True)

@@ -17,7 +17,7 @@ from torch import nn
 
 from compress.errors import TrainingError
 from compress.recipe import TrainingOptions
-from compress.training import CHECKPOINT, train
+from compress.training import CHECKPOINT, Beside, train
 
 STEPS, ROWS, SIZE = 12, 22, 4  # 6 batches an epoch, the last of 2 rows, so checkpoints fall inside epochs
 ROOT = Path(__file__).parents[1]
@@ -132,7 +132,7 @@ def test_a_half_written_checkpoint_is_never_read(tmp_path):
 def test_checkpoint_is_safetensors_with_a_json_position(tmp_path):
     run(tmp_path)
     names = set(load_file(tmp_path / CHECKPOINT))
-    assert {"model.0.weight", "best.0.weight", "optimizer.0.exp_avg", "optimizer.0.exp_avg_sq"} <= names
+    assert {"weights.model.0.weight", "best.model.0.weight", "optimizer.0.exp_avg", "optimizer.0.exp_avg_sq"} <= names
     with safe_open(tmp_path / CHECKPOINT, "pt") as file:
         assert json.loads(file.metadata()["progress"])["step"] == STEPS
     assert [path.name for path in tmp_path.iterdir()] == [CHECKPOINT]
@@ -142,7 +142,7 @@ def test_checkpoint_of_another_run_is_refused(tmp_path):
     run(tmp_path)
     with pytest.raises(TrainingError, match="another run"):
         run(tmp_path, learning_rate=0.01)
-    save_file({"model.0.weight": torch.zeros(1)}, tmp_path / CHECKPOINT)
+    save_file({"weights.model.0.weight": torch.zeros(1)}, tmp_path / CHECKPOINT)
     with pytest.raises(TrainingError, match="another run"):
         run(tmp_path)
 
@@ -180,6 +180,60 @@ def test_training_that_only_harms_gives_the_model_back(tmp_path):
     result = train(model, rows, squared, recipe, folder=tmp_path, total_steps=50, validate=lambda: float(next(scores)))
     assert same(before, model.state_dict())
     assert (result.best_step, result.best_score, result.steps) == (0, 0.0, 6)
+
+
+@pytest.mark.parametrize("validated", [True, False])
+def test_the_average_of_the_weights_is_kept_and_resumed(tmp_path, validated):
+    seen, decay, model = [], 0.7, network()
+
+    def watched(model, batch):
+        seen.append([one.detach().clone() for one in model.parameters()])
+        return squared(model, batch)
+
+    options = {"average": decay, "validate_every": STEPS, "validated": validated}
+    straight, result = run(tmp_path / "straight", watched, model, **options)
+    last, _ = run(tmp_path / "last", validated=False)
+    mean, after = seen[0], [*seen[1:], list(last.values())]
+    for step, weights in enumerate(after, 1):
+        stays = min(decay, (1 + step) / (10 + step))
+        mean = [stays * one + (1 - stays) * other for one, other in zip(mean, weights, strict=True)]
+    for one, other in zip(straight.values(), mean, strict=True):
+        torch.testing.assert_close(one, other)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(tmp_path / "killed", Trap(8, partial(fail, RuntimeError("power cut"))), **options)
+    resumed, again = run(tmp_path / "killed", **options)
+    assert same(straight, resumed)
+    assert told(result) == told(again)
+
+
+def test_what_is_beside_the_model_is_trained_resumed_and_told_how_far_the_run_is(tmp_path):
+    def go(folder, call=0):
+        model, beside, shares = network(), Beside({"map": nn.Linear(1, 1, bias=False)}), []
+        nn.init.ones_(beside["map"].weight)
+        trap = Trap(call, partial(fail, RuntimeError("power cut")))
+
+        def loss(model, batch):
+            shares.append(beside.share)
+            trap(model, batch)
+            return (beside["map"](model(batch["x"])) - batch["y"]).square().mean()
+
+        recipe = TrainingOptions(learning_rate=0.05, checkpoint_every=5, precision="float32")
+        train(model, rows, loss, recipe, folder=folder, total_steps=STEPS, beside=beside)
+        return model.state_dict() | beside.state_dict(), shares
+
+    straight, shares = go(tmp_path / "straight")
+    assert straight["map.weight"].item() != 1
+    assert shares == [(step + 0.5) / STEPS for step in range(STEPS)]
+    with pytest.raises(RuntimeError, match="power cut"):
+        go(tmp_path / "killed", 8)
+    resumed, rest = go(tmp_path / "killed")
+    assert same(straight, resumed)
+    assert rest == shares[5:]
+
+
+def test_a_model_without_blocks_has_nothing_to_recompute(tmp_path):
+    with pytest.raises(TrainingError, match="Sequential has no blocks to compute anew; expected recompute: false"):
+        run(tmp_path, recompute=True)
 
 
 def test_the_best_weights_survive_a_kill(tmp_path):

@@ -26,6 +26,7 @@ from compress.tasks import TASKS
 from compress.vocabulary import cut_vocabulary, named_tokens
 from exporters import EXPORTERS
 from passes import PASSES
+from passes.distillation.choice import Losses
 from passes.distillation.compare import Comparison
 from passes.distillation.finetune import Finetune
 from passes.pruning.tokens import ids_of, indispensable, narrow, parts_of, state_of
@@ -354,7 +355,7 @@ def test_recovery_compares_among_the_kept_tokens(losses, tmp_path):
     (after,) = Vocabulary(coverage=0.8).run(make_state(tmp_path))
     after.model.eval()
     with torch.no_grad():
-        compare = Comparison(losses, after, 1.0, 1e-8)
+        compare = Comparison(Losses(**losses), after)
         found = compare.losses(compare.student, next(after.data.batches("train", 4)))
     assert {name: float(loss) for name, loss in found.items()} == dict.fromkeys(losses, 0.0)
 

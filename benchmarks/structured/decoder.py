@@ -1,10 +1,11 @@
-"""SmolLM2-135M on WikiText-2 with 10, 20 and 30 % fewer parameters by several ways, each recovered for as many tokens.
+"""A decoder with fewer parameters by several ways, each recovered for as many tokens: SmolLM2-135M, or a smaller one.
 
-    python -m benchmarks.structured.decoder --model MODEL [--shares 0.2 ...] [--ways ziplm ...] [--data DATA]
+    python -m benchmarks.structured.decoder --model MODEL --name smollm2 --source wikitext2/wiki.train.tokens
+        --test wikitext2/wiki.test.tokens --other text/tinyshakespeare.txt [--shares 0.1 0.2 0.3] [--ways ziplm ...]
 
-`--model` is a folder with SmolLM2-135M-Instruct. `--data` holds wikitext2/wiki.{train,test}.tokens and
-text/tinyshakespeare.txt, the held-out corpus of another kind; HF_COMPRESS_DATA is its default. Parameters are those
-outside of embeddings and head. A killed run goes on where it was, and shares can be added to a run.
+`--model` is its folder. Texts lie below `--data`, for which HF_COMPRESS_DATA stands; without `--test` a part of the
+source is held out, and `--other` is a corpus of another kind. Parameters are those outside of embeddings and head. A
+killed run goes on where it was, and shares and ways can be added to a run.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import argparse
 import os
 from pathlib import Path
 from typing import Any
+
+from transformers import AutoConfig
 
 from benchmarks.harness import record
 from compress import Target, compress
@@ -23,15 +26,14 @@ from compress.measure import measure, speedup
 from compress.tasks import TASKS
 
 TASK = TASKS["text-generation"]
-BLOCKS = 30
 LENGTH, TEST_ROWS = 256, 40
 RECOVERY = {"steps": 40, "batch_size": 4, "learning_rate": 2e-4, "losses": {"logits": 1.0}, "validation_rows": 16}
 SAMPLES = {"samples": 32, "batch_size": 8}
 
 
-def ways(share: float) -> dict[str, dict[str, Any]]:
+def ways(share: float, blocks: int) -> dict[str, dict[str, Any]]:
     """Each way's pass that takes away a share of the parameters, trained by nothing but the recovery that follows."""
-    count, left = round(share * BLOCKS), round(1 - share, 6)
+    count, left = round(share * blocks), round(1 - share, 6)
     return {
         "ziplm": {"ziplm": {"parameters": left}},
         "minitron": {"minitron": {"parameters": left, "candidates": 1, "recovery_steps": 0, "samples": 128}},
@@ -44,22 +46,21 @@ def ways(share: float) -> dict[str, dict[str, Any]]:
     }
 
 
-def plan(model: str, shares: list[float], chosen: list[str], data: Path) -> dict[str, Any]:
+def plan(given: argparse.Namespace) -> dict[str, Any]:
     """The chosen ways at all shares beside one another."""
     passes: list[dict[str, Any]] = [{"calibrate": {"samples": 128, "batch_size": 8}, "id": "statistics"}]
-    for share in shares:
-        for way in chosen:
-            step = ways(share)[way]
+    blocks = AutoConfig.from_pretrained(given.model).num_hidden_layers
+    for share in given.shares:
+        for way in given.ways:
             name = f"{way}-{share:g}"
-            passes.append({**step, "id": name, "after": ["statistics"] if way == "ziplm" else []})
+            passes.append({**ways(share, blocks)[way], "id": name, "after": ["statistics"] if way == "ziplm" else []})
             passes.append({"distill": RECOVERY, "id": f"{name}-recovered", "after": [name]})
-    text = data / "wikitext2"
     return {
-        "model": model,
+        "model": given.model,
         "task": TASK.name,
         "data": {
-            "source": str(text / "wiki.train.tokens"),
-            "test": str(text / "wiki.test.tokens"),
+            "source": str(given.data / given.source),
+            "test": str(given.data / given.test) if given.test else None,
             "max_length": LENGTH,
             "test_rows": TEST_ROWS,
         },
@@ -98,18 +99,23 @@ def folder_of(branch: dict[str, Any], kind: str) -> str:
 
 
 def main() -> None:
-    """Run the plan and write results/structured-decoder.json."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Run the plan and write results/structured-decoder-NAME.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
+    parser.add_argument("--name", required=True, help="what the model is called in the results")
+    parser.add_argument("--source", required=True)
+    parser.add_argument("--test")
+    parser.add_argument("--other", required=True)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.1, 0.2, 0.3])
-    parser.add_argument("--ways", nargs="+", choices=list(ways(0.2)), default=list(ways(0.2)))
+    parser.add_argument("--ways", nargs="+", choices=list(ways(0.2, 1)), default=list(ways(0.2, 1)))
     parser.add_argument("--data", type=Path, default=os.environ.get("HF_COMPRESS_DATA"))
     parser.add_argument("--out", type=Path, default=Path("out/benchmarks/decoder"))
     given = parser.parse_args()
     if given.data is None:
         parser.error("expected --data or HF_COMPRESS_DATA")
-    report = compress(plan=plan(given.model, given.shares, given.ways, Path(given.data)), out=given.out).report
-    other = Path(given.data) / "text" / "tinyshakespeare.txt"
+    given.data = Path(given.data)
+    report = compress(plan=plan(given), out=given.out).report
+    other = given.data / given.other
     rows = [row_of(branch, other) for branch in report["branches"]]
     torch_target = Target(runtime="torch", sequence=64, generate=64)
     models = [Path(given.model), *(Path(folder_of(branch, "huggingface")) for branch in report["branches"])]
@@ -126,7 +132,7 @@ def main() -> None:
         "torch_tokens_per_second": torch_target.tokens_per_second(first.milliseconds),
     }
     tokens = RECOVERY["steps"] * RECOVERY["batch_size"] * LENGTH
-    record("structured-decoder", {"recovery_tokens": tokens, "dense": dense, "branches": rows})
+    record(f"structured-decoder-{given.name}", {"recovery_tokens": tokens, "dense": dense, "branches": rows})
 
 
 if __name__ == "__main__":

@@ -3,74 +3,156 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutput
 
 from compress.errors import DataError, TrainingError
-from compress.evaluate import embed
+from compress.families import layout_of
 from compress.layout import record_of
+from compress.recipe import TrainingOptions
 from compress.state import State
 from compress.stream import width_of
-from passes.distillation.losses import LOSSES
+from compress.training import Beside, train
+from compress.uniform import HIDDEN
+from passes.distillation.choice import Losses
+from passes.distillation.heads import Tap, tap
+from passes.distillation.losses import Loss
+from passes.distillation.losses.base import Reads, Seen, Widths
 
-HEAD, STATES = ("logits", "task"), ("hidden", "tokens", "embedding", "similarity")
-SAME_WIDTH = ("hidden", "tokens", "embedding")  # losses that subtract states of the student from the teacher's
+VALIDATION_ROWS = 512
+HEAD = Reads.PREDICTIONS | Reads.LABELS
 FAR_BELOW = -1e4  # a logit whose probability is zero in float32
 
 
 class Comparison:
     """The weighted losses of a state's model against its teacher.
 
-    Where no loss reads predictions, only the models below their heads are run; `student` is the part to train.
+    Where no loss reads predictions, only the models below their heads are run. `student` is the part to train, `beside`
+    what losses learn along with it; `reference` is the folder or hub name of a further model that losses may ask.
     """
 
     inputs: ClassVar[frozenset[str]] = frozenset({"input_ids", "attention_mask", "token_type_ids"})
 
-    def __init__(self, weights: Mapping[str, float], state: State, temperature: float, epsilon: float) -> None:
-        self.weights = {name: weight for name, weight in weights.items() if weight}
-        self.settings = {"hidden": {"epsilon": epsilon}, "logits": {"temperature": temperature}}
-        readers = [name for name in HEAD if name in self.weights]
-        if readers and state.task.name == "feature-extraction":
-            raise TrainingError(f"distill: loss '{readers[0]}' reads predictions, which feature-extraction has not")
-        if not same_hidden_width(state) and (unlike := [name for name in SAME_WIDTH if name in self.weights]):
-            mine, theirs = width_of(state.model.config), width_of(state.dense.model.config)
-            instead = "similarity" if state.task.name == "feature-extraction" else "logits"
-            raise TrainingError(
-                f"distill: loss '{unlike[0]}' compares hidden states, of width {mine} here and {theirs} in the dense "
-                f"model; expected a loss that needs no equal widths: {instead}"
-            )
-        teacher = state.teacher
-        models: tuple[nn.Module, nn.Module] = (state.model, teacher)
-        if not readers:
-            models = (state.model.base_model, teacher.base_model)
-        self.student, self.teacher = models
-        self.extras: dict[str, Any] = {"output_hidden_states": any(name in self.weights for name in STATES)}
+    def __init__(self, losses: Losses, state: State, reference: str | None = None) -> None:
+        self.state, self.chosen, self.reads = state, losses.chosen(), Reads(0)
+        for name, loss in self.chosen.items():
+            self.refuse_unfit(name, loss)
+            self.reads |= loss.reads
+        teacher, below = state.teacher, not self.reads & HEAD
+        self.student: nn.Module = state.model.base_model if below else state.model
+        self.teacher: nn.Module = teacher.base_model if below else teacher
+        self.reference = state.task.load(reference).eval().requires_grad_(False) if reference else None
+        self.extras: dict[str, Any] = {"output_hidden_states": bool(self.reads & Reads.STATES)}
         if state.task.name == "text-generation":
             self.extras["use_cache"] = False
+        self.taps = {
+            name: self.attentions(loss, teacher) for name, loss in self.chosen.items() if loss.reads & Reads.ATTENTION
+        }
+        learned = {name: loss.learned(self.widths()) for name, loss in self.chosen.items()}
+        self.beside = Beside({name: part for name, part in learned.items() if part is not None})
+
+    def refuse_unfit(self, name: str, loss: Loss) -> None:
+        """Raise TrainingError where the task has no predictions, or the states are of other widths."""
+        bare = self.state.task.name == "feature-extraction"
+        if bare and loss.reads & HEAD:
+            raise TrainingError(f"distill: loss '{name}' reads predictions, which feature-extraction has not")
+        if loss.same_width and not same_hidden_width(self.state):
+            mine, theirs = width_of(self.state.model.config), width_of(self.state.dense.model.config)
+            raise TrainingError(
+                f"distill: loss '{name}' compares hidden states, of width {mine} here and {theirs} in the dense "
+                f"model; expected a loss that needs no equal widths: {'similarity' if bare else 'logits'}, or "
+                f"{name}: {{project: true}}"
+            )
+
+    def widths(self) -> Widths:
+        """What learned parts have to fit."""
+        mine, theirs = (width_of(model.config) for model in (self.state.model, self.state.dense.model))
+        blocks = list(self.state.layout.stacks.values())[-1].length
+        kept = self.state.kept.get(HIDDEN)
+        known = kept and len(kept) == mine and max(kept) < theirs  # else they are counted as in a model before that
+        return Widths(mine, theirs, blocks, kept if known else None)
+
+    def attentions(self, loss: Any, teacher: Any) -> tuple[Tap, Tap]:
+        """Where a loss of attention finds the student's and the teacher's."""
+        found = tap(self.state.model, self.state.layout), tap(teacher, layout_of(teacher), loss.block)
+        mine, theirs = (one.count for one in found)
+        if loss.head_by_head and mine != theirs:
+            raise TrainingError(
+                f"distill: loss 'attention' compares head by head, {mine} here and {theirs} in the dense model; "
+                "expected as many, or the loss relations"
+            )
+        return found
 
     def losses(self, student: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The weighted losses of one batch by name; gradients go to the student only."""
-        inputs = {name: tensor for name, tensor in batch.items() if name in self.inputs}
-        labels = {name: tensor for name, tensor in batch.items() if name not in self.inputs}
-        if "task" in self.weights and not labels:
+        """The weighted losses of one batch by name; gradients go to the student and what is beside it only."""
+        device = batch["input_ids"].device
+        if self.reads & Reads.LABELS and batch.keys() <= self.inputs:
             raise DataError("distill: loss 'task' reads labels, which the data has not; expected a label column")
-        self.teacher.to(batch["input_ids"].device)
         with torch.no_grad():
-            theirs = self.teacher(**inputs, **self.extras)
-        mine = student(**inputs, **(labels if "task" in self.weights else {}), **self.extras)
-        mask = batch["attention_mask"].bool()
+            theirs, their_heads = self.look(self.teacher.to(device), batch, side=1)
+            if self.reference is not None:
+                known, _ = self.look(self.reference.to(device), batch, side=None)
+                theirs = replace(theirs, reference=known)
+        mine, my_heads = self.look(student, batch, side=0)
+        places = self.places(len(mine.states), len(theirs.states)) if mine.states else ()
+        mine = replace(mine, share=self.beside.share)
+        theirs = replace(theirs, states=[theirs.states[place] for place in places], counted=mine.counted)
         found = {}
-        for name, weight in self.weights.items():
-            if name == "task":
-                found[name] = weight * mine.loss
-                continue
-            settings = self.settings.get(name, {})
-            found[name] = weight * LOSSES[name](*self.views(name, mine, theirs, mask, labels), **settings)
+        with torch.autocast(device.type, enabled=False):  # or products of matrices would be bfloat16
+            for name, loss in self.chosen.items():
+                pair = mine, theirs
+                if name in self.taps:
+                    pair = replace(mine, heads=my_heads[name]), replace(theirs, heads=their_heads[name])
+                own = dict(self.beside.items()).get(name)
+                found[name] = loss.weight * loss.of(*pair, own)
         return found
+
+    def look(self, model: nn.Module, batch: Mapping[str, Tensor], side: int | None) -> tuple[Seen, dict[str, Any]]:
+        """What a model shows on a batch, and the heads of each loss of attention; the student (side 0) sees labels."""
+        given = {name: part for name, part in batch.items() if name in self.inputs}
+        labels = {name: part for name, part in batch.items() if name not in self.inputs}
+        asked = labels if side == 0 and self.reads & Reads.LABELS else {}
+        taps = {} if side is None else {name: pair[side] for name, pair in self.taps.items()}
+        with ExitStack() as opened:
+            found = {name: opened.enter_context(one.open()) for name, one in taps.items()}
+            outputs = model(**given, **asked, **self.extras)
+        mask = batch["attention_mask"].bool()
+        seen = Seen(mask, states=outputs.hidden_states[1:] if self.reads & Reads.STATES else ())
+        if self.reads & Reads.PREDICTIONS:
+            seen = replace(seen, predictions=_predictions(outputs, mask), counted=_rows(outputs, mask, labels))
+        return replace(seen, loss=outputs.get("loss")), {name: taps[name].heads(found[name]) for name in taps}
+
+    def train(self, recipe: TrainingOptions, folder: Path, what: str, rows: int = VALIDATION_ROWS) -> dict[str, Any]:
+        """Train the student, validated on so many rows by the same losses, and tell how it went.
+
+        It ends with the weights of the lowest loss, those it came with included.
+        """
+        data, size, home = self.state.data, recipe.batch_size, self.state.model.device
+        result = train(
+            self.student,
+            lambda epoch: data.batches("train", size, seed=recipe.seed + epoch),
+            self.losses,
+            recipe,
+            folder=folder,
+            total_steps=recipe.total_steps(data.count("train")),
+            validate=lambda: self.mean(islice(data.batches("validation", size, seed=0), max(1, rows // size))),
+            beside=self.beside,
+            what=what,
+        )
+        self.teacher.to(home)
+        return {
+            "losses": {name: loss.model_dump(exclude_defaults=True) for name, loss in self.chosen.items()},
+            "loss_before": result.history[0]["validation"],
+            "loss_after": result.best_score,
+            **result.figures(),
+        }
 
     def mean(self, batches: Iterable[Mapping[str, Tensor]]) -> float:
         """The sum of the weighted losses, averaged over the rows of some batches."""
@@ -83,24 +165,14 @@ class Comparison:
             raise DataError("distill: the validation split is empty; expected at least one row")
         return total / rows
 
-    def views(self, name: str, mine: Any, theirs: Any, mask: Tensor, labels: Mapping[str, Tensor]) -> tuple[Any, ...]:
-        """What the loss of that name takes: student's, teacher's and, where it has one, its mask."""
-        if name == "logits":
-            return _predictions(mine, mask), _predictions(theirs, mask), _rows(mine, mask, labels)
-        if name in ("embedding", "similarity"):
-            last = (BaseModelOutput(last_hidden_state=one.hidden_states[-1]) for one in (mine, theirs))
-            return tuple(embed(one, mask) for one in last)
-        places = self.places(len(mine.hidden_states) - 1, len(theirs.hidden_states) - 1)
-        return mine.hidden_states[1:], [theirs.hidden_states[place] for place in places], mask
-
     def places(self, mine: int, theirs: int) -> list[int]:
-        """For each of the student's blocks the place of the block it was among the teacher's hidden states.
+        """For each of the student's blocks the place of the block it was among the teacher's states after blocks.
 
         The last states are compared with the last whichever blocks they come from: both stand after the final norm.
         """
         left = _origins(self.student.config, mine)
         right = list(_origins(self.teacher.config, theirs))
-        return [right.index(origin) + 1 for origin in left[:-1]] + [theirs]
+        return [right.index(origin) for origin in left[:-1]] + [theirs - 1]
 
 
 def same_hidden_width(state: State) -> bool:

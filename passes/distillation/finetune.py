@@ -55,10 +55,7 @@ class Finetune(TrainingOptions, Pass):
         scores = evaluate(state.model, data, task, split="validation", batch_size=self.batch_size)
         state.figures |= {
             "scores": {name: asdict(score) for name, score in scores.items()},
-            "steps": result.steps,
-            "best_step": result.best_step,
-            "training_seconds": result.seconds,
-            "history": result.history,
+            **result.figures(),
         }
         state.becomes_dense()
         yield state

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from compress.errors import DataError
 from compress.layout import own_record
@@ -16,20 +15,8 @@ from compress.lowrank import LowRank
 from compress.recipe import TrainingOptions
 from compress.sharing import cure_
 from compress.state import State
-from compress.training import train
+from passes.distillation.choice import Losses
 from passes.distillation.compare import Comparison
-
-VALIDATION_ROWS = 512
-
-
-class Tail(Comparison):
-    """Student beside teacher by their last states alone, whatever lies below; FoldGPT, arXiv:2407.00928."""
-
-    def views(self, name: str, mine: Any, theirs: Any, mask: Tensor, labels: Mapping[str, Tensor]) -> tuple[Any, ...]:
-        """As any comparison, but for the states: those after the last block."""
-        if name == "hidden":
-            return mine.hidden_states[-1:], theirs.hidden_states[-1:], mask
-        return super().views(name, mine, theirs, mask, labels)
 
 
 def cure(state: State, blocks: Sequence[str], rank: int, recipe: TrainingOptions) -> dict[str, Any]:
@@ -38,38 +25,16 @@ def cure(state: State, blocks: Sequence[str], rank: int, recipe: TrainingOptions
     The deltas are zero at first, so the run starts from the shared model itself and ends no worse than that on the
     validation split. Blocks are named as in the base model.
     """
-    data = state.data
-    if data is None:
+    if state.data is None:
         raise DataError("fold: the plan has no data to cure with; expected some to train on, or cure: 0")
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
         cure_(state.model, own_record(state.model), dict.fromkeys(blocks, rank))
-    weights = {"hidden": 1.0} if state.task.name == "feature-extraction" else {"hidden": 1.0, "logits": 1.0}
-    compare = Tail(weights, state, temperature=1.0, epsilon=1e-8)
-    rounds = max(1, VALIDATION_ROWS // recipe.batch_size)
+    predictions = {} if state.task.name == "feature-extraction" else {"logits": 1.0}
+    compare = Comparison(Losses.model_validate({"hidden": {"last": 1}, **predictions}), state)
     with _deltas_and_norms(state.model):
         trained = sum(one.numel() for one in state.model.parameters() if one.requires_grad)
-        result = train(
-            compare.student,
-            lambda epoch: data.batches("train", recipe.batch_size, seed=recipe.seed + epoch),
-            compare.losses,
-            recipe,
-            folder=state.workshop.step,
-            total_steps=recipe.total_steps(data.count("train")),
-            validate=lambda: compare.mean(islice(data.batches("validation", recipe.batch_size, seed=0), rounds)),
-            what="cure",
-        )
-    compare.teacher.to(state.model.device)  # the comparison took it to where the training was
-    return {
-        "losses": weights,
-        "loss_before": result.history[0]["validation"],
-        "loss_after": result.best_score,
-        "trained_parameters": trained,
-        "steps": result.steps,
-        "best_step": result.best_step,
-        "training_seconds": result.seconds,
-        "history": result.history,
-    }
+        return {**compare.train(recipe, state.workshop.step, "cure"), "trained_parameters": trained}
 
 
 @contextmanager

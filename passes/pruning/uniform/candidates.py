@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -160,30 +159,16 @@ def above_weight(norm: nn.Module) -> int:
 def recover(options: Minitron, state: State, folder: Path) -> dict[str, Any]:
     """Train the model of a state a little towards the dense one, in place; its losses before and after."""
     from compress.recipe import TrainingOptions
-    from compress.training import train
+    from passes.distillation.choice import Losses
     from passes.distillation.compare import Comparison
-    from passes.distillation.distill import Weights
 
-    data, size = state.data, options.batch_size
-    weights = Weights.fitting(state.task, labelled=False, same_width=False)
-    compare = Comparison(weights.model_dump(), state, temperature=1.0, epsilon=1e-8)
-    result = train(
-        compare.student,
-        lambda epoch: data.batches("train", size, seed=options.seed + epoch),
-        compare.losses,
-        TrainingOptions(
-            steps=options.recovery_steps, batch_size=size, learning_rate=options.learning_rate, dropout=False,
-            seed=options.seed,
-        ),
-        folder=folder,
-        total_steps=options.recovery_steps,
-        validate=lambda: compare.mean(
-            islice(data.batches("validation", size, seed=0), max(1, options.validation_rows // size))
-        ),
-        what="minitron",
+    recipe = TrainingOptions(
+        steps=options.recovery_steps, batch_size=options.batch_size, learning_rate=options.learning_rate, dropout=False,
+        seed=options.seed,
     )  # fmt: skip
-    compare.teacher.to(state.model.device)
-    return {"loss_before": result.history[0]["validation"], "loss_after": result.best_score, "steps": result.steps}
+    compare = Comparison(Losses.fitting(state.task, labelled=False, same_width=False), state)
+    told = compare.train(recipe, folder, "minitron", options.validation_rows)
+    return {name: told[name] for name in ("loss_before", "loss_after", "steps")}
 
 
 def next_token_loss(model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]]) -> float:

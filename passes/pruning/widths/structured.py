@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from passes.pruning.search.fitness import Fitness
     from passes.pruning.widths.database import Curve, Fit
 
-SENSITIVITY_SAMPLES, SENSITIVITY_TOKENS = 64, 4096  # whichever is met first
+SENSITIVITY_SAMPLES, SENSITIVITY_TOKENS = 64, 2048  # whichever is met first
 SEARCH_BATCH = 8  # small, as evolution judges by few batches first
 
 

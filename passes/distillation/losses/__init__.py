@@ -1,0 +1,46 @@
+"""What a student is told from its teacher by: one table of losses, readable without torch.
+
+A new loss is one class and one line here; the laws in the tests then hold for it or name the mistake.
+"""
+
+from __future__ import annotations
+
+from passes.distillation.losses.attention import Attention, Relations
+from passes.distillation.losses.base import Loss
+from passes.distillation.losses.embeddings import (
+    Angles,
+    Contrastive,
+    Distances,
+    Embedding,
+    Lead,
+    Leaf,
+    Mutual,
+    Similarity,
+)
+from passes.distillation.losses.logits import (
+    Jsd,
+    Logits,
+    Pld,
+    Reverse,
+    Sinkhorn,
+    Skew,
+    SkewReverse,
+    Taid,
+    Top,
+    logit_kl,
+)
+from passes.distillation.losses.states import Cosine, Graph, Hidden, Tokens, square_head
+from passes.distillation.losses.tasks import Listwise, Margins, Task
+
+LOSSES: dict[str, type[Loss]] = {
+    cls.named or cls.__name__.lower(): cls
+    for cls in (
+        *(Hidden, Tokens, Cosine, Graph),
+        *(Logits, Reverse, Jsd, Skew, SkewReverse, Taid, Top, Sinkhorn, Pld),
+        *(Embedding, Leaf, Contrastive, Mutual, Similarity, Distances, Angles, Lead),
+        *(Attention, Relations),
+        *(Margins, Listwise, Task),
+    )
+}
+
+__all__ = ["LOSSES", "Loss", "logit_kl", "square_head"]
