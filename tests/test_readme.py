@@ -20,7 +20,7 @@ from tests.world import make_world
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCK = re.compile(r"<!-- (\w+) -->\n```(\w+)\n(.*?)```", re.DOTALL)
-PLANS = [*sorted((ROOT / "configs").glob("*.yaml")), ROOT / "compress" / "demo.yaml", ROOT / "benchmarks" / "sst2.yaml"]
+PLANS = [*sorted((ROOT / "configs").glob("*.yaml")), ROOT / "compress" / "demo.yaml"]
 
 
 def blocks(mark: str) -> list[str]:
