@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -214,6 +215,13 @@ def assert_one_model(one: PreTrainedModel, other: PreTrainedModel, inputs: Mappi
     assert weights.keys() == others.keys()
     assert [name for name, weight in weights.items() if not torch.equal(weight, others[name])] == []
     torch.testing.assert_close(precise(one, inputs), precise(other, inputs), rtol=1e-12, atol=1e-12)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_to_release() -> None:
+    """Spare collections of garbage, one for each branch of a state, a look through all that was imported by now."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(params=TINY)
