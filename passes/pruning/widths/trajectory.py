@@ -132,7 +132,9 @@ class Dense:
         name = "logits" if "logits" in found else next(iter(found))
         before, after = self.answer[name], found[name]
         mask = real_tokens(self.layout, self.blocks[-1], self.batch, after) if after.ndim == 3 else None
-        return logit_kl(after, before, mask) if name == "logits" else relative_change(before, after, mask).mean()
+        if name != "logits":
+            return relative_change(before, after, mask).mean()
+        return logit_kl(after, before, mask).clamp(min=0)  # of next to nothing may be rounded to less than nothing
 
 
 def _runs(axis: Axis, magnitudes: Mapping[str, np.ndarray], groups: int) -> list[np.ndarray]:
