@@ -4,7 +4,7 @@
 
 `--data` is a folder with sst2/train.tsv and sst2/dev.tsv of GLUE (gluebenchmark.com); HF_COMPRESS_DATA is its default.
 A killed run goes on where it was. Sizes and steps are chosen on splits of train; dev is only reported on. A gradual
-row has been recovered once for each speed-up up to its own. Needs the package torch-pruning, for its row.
+row has been recovered once for each speed-up up to its own. Needs the extra `bench`, for a peer.
 """
 
 from __future__ import annotations
