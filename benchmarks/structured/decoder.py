@@ -119,7 +119,7 @@ def main() -> None:
     rows = [row_of(branch, other) for branch in report["branches"]]
     torch_target = Target(runtime="torch", sequence=64, generate=64)
     models = [Path(given.model), *(Path(folder_of(branch, "huggingface")) for branch in report["branches"])]
-    first, *others = measure(models, torch_target, seconds=240.0)
+    first, *others = measure(models, torch_target, seconds=60.0)
     for row, timing in zip(rows, others, strict=True):
         row["torch_tokens_per_second"] = torch_target.tokens_per_second(timing.milliseconds)
         row["torch_speedup"] = speedup(first, timing)._asdict()
