@@ -48,12 +48,15 @@ def ways(share: float, blocks: int) -> dict[str, dict[str, Any]]:
 
 def plan(given: argparse.Namespace) -> dict[str, Any]:
     """The chosen ways at all shares beside one another."""
-    passes: list[dict[str, Any]] = [{"calibrate": {"samples": 128, "batch_size": 8}, "id": "statistics"}]
+    passes: list[dict[str, Any]] = []
     blocks = AutoConfig.from_pretrained(given.model).num_hidden_layers
     for share in given.shares:
         for way in given.ways:
             name = f"{way}-{share:g}"
-            passes.append({**ways(share, blocks)[way], "id": name, "after": ["statistics"] if way == "ziplm" else []})
+            if way == "ziplm":  # each way is a branch, named after its first step
+                passes.append({"calibrate": {"samples": 128, "batch_size": 8}, "id": f"{name}-statistics", "after": []})
+            after = [f"{name}-statistics"] if way == "ziplm" else []
+            passes.append({**ways(share, blocks)[way], "id": name, "after": after})
             passes.append({"distill": RECOVERY, "id": f"{name}-recovered", "after": [name]})
     return {
         "model": given.model,
@@ -79,7 +82,7 @@ def elsewhere(folder: str, text: Path) -> float:
 
 def row_of(branch: dict[str, Any], text: Path) -> dict[str, Any]:
     """The figures of one branch."""
-    way, _, share = branch["name"].removesuffix("-recovered").rpartition("-")
+    way, _, share = branch["name"].removesuffix("-statistics").rpartition("-")
     first = branch["steps"][-2]
     return {
         "method": way,
