@@ -1,7 +1,7 @@
 """The latency table: how long each prunable width takes on the target at each size it could be cut to.
 
 One block of each shape is copied out of the model, called as the model calls it, and cut to every size of one of its
-axes while its other axes are at their least; the time over that of the least size is the axis's. All these variants
+axes while its other axes are at their least; the time over that of the least size is the axis's. All sizes of an axis
 are timed against one another in one process, in the target's runtime (`measure.py`), so the table holds differences
 that a whole model is the sum of. An axis that all blocks share is varied in the whole model instead.
 
@@ -25,14 +25,13 @@ from transformers import DynamicCache, PreTrainedModel
 from compress.errors import LayoutError, nearest
 from compress.layout import Axis, Layout
 from compress.measure import interleave, measure
-from compress.memory import release
 from compress.parts import Call, Part, captured, cut, part
 from compress.progress import track
 from compress.runtimes import RUNTIMES
 from compress.runtimes.onnx import OnnxRuntime
 from compress.target import Target
 
-VERSION = 3  # raised when the same model on the same machine would be measured otherwise
+VERSION = 4  # raised when the same model on the same machine would be measured otherwise
 SHRINK = 0.9  # each offered size of a feed-forward layer is about this share of the one before
 MOST_MEASURED = 14  # sizes of an axis that are timed; those between are interpolated
 MOST_HEADS = 17
@@ -186,43 +185,53 @@ def _measured(
     requests: Requests,
     folder: Path,
 ) -> dict[str, Curve]:
-    """Build every variant once for each call of a request, time all in turn, and take the differences."""
+    """Time the sizes of one axis after another: they are compared with one another alone, and take less memory so."""
     wanted = {signature: thinned(levels(axis), _most(axis)) for signature, axis in leaders.items()}
-    variants: dict[tuple[str, tuple[tuple[str, int], ...]], int] = {}
-
-    def index(axis: Axis, size: int) -> int:
-        least = {
-            other.name: other.least for other in layout.axes.values() if other.block == axis.block or not axis.block
-        }
-        sizes = tuple(sorted({**least, axis.name: size}.items()))
-        return variants.setdefault((axis.block, sizes), len(variants))
-
-    places = {s: [index(leaders[s], size) for size in sizes] for s, sizes in wanted.items()}
+    seconds = SECONDS / sum(map(len, wanted.values()))  # for each size
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        runtime = RUNTIMES[target.chosen]
-        parts = (
-            part(module, calls[block], before[block] if before else None)
-            for block, sizes in variants
-            for module in [cut(model, layout, block, dict(sizes))]
-            for _, calls, before in requests
-        )
-        tracked = track(parts, "latency table: building", total=len(variants) * len(requests))
-        if isinstance(runtime, OnnxRuntime):
-            built = [
-                runtime.build_module(one.cpu(), [tensor.cpu() for tensor in one.inputs], Path(scratch, f"{i}.onnx"))
-                for i, one in enumerate(tracked)
-            ]
-            release()
-            once = target.model_copy(update={"generate": None})
-            single = [timing.milliseconds for timing in measure(built, once, seconds=SECONDS)]
-        else:
-            single = _timed_here(list(tracked), target)
-        times = np.reshape(single, (-1, len(requests))) @ [count for count, _, _ in requests]
-    return {s: Curve.of(wanted[s], [times[i] for i in places[s]], levels(leaders[s])) for s in leaders}
+    curves = {}
+    for signature, axis in leaders.items():
+        sizes = wanted[signature]
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            times = _times(model, layout, target, axis, sizes, requests, Path(scratch), seconds * len(sizes))
+        curves[signature] = Curve.of(sizes, times, levels(axis))
+    return curves
 
 
-def _timed_here(parts: Sequence[Part], target: Target) -> list[float]:
+def _times(
+    model: PreTrainedModel,
+    layout: Layout,
+    target: Target,
+    axis: Axis,
+    sizes: Sequence[int],
+    requests: Requests,
+    scratch: Path,
+    seconds: float,
+) -> list[float]:
+    """Milliseconds of a request to the axis' block at each size, its other axes at their least; all timed in turn."""
+    least = {other.name: other.least for other in layout.axes.values() if other.block == axis.block or not axis.block}
+    parts = (
+        part(module, calls[axis.block], before[axis.block] if before else None)
+        for size in sizes
+        for module in [cut(model, layout, axis.block, {**least, axis.name: size})]
+        for _, calls, before in requests
+    )
+    tracked = track(parts, f"latency table: building {axis.kind}", total=len(sizes) * len(requests))
+    runtime = RUNTIMES[target.chosen]
+    if isinstance(runtime, OnnxRuntime):
+        built = [
+            runtime.build_module(one.cpu(), [tensor.cpu() for tensor in one.inputs], scratch / f"{i}.onnx")
+            for i, one in enumerate(tracked)
+        ]
+        once = target.model_copy(update={"generate": None})
+        single = [timing.milliseconds for timing in measure(built, once, seconds=seconds)]
+    else:
+        single = _timed_here(list(tracked), target, seconds)
+    counts = [count for count, _, _ in requests]
+    return (np.reshape(single, (-1, len(requests))) @ counts).tolist()
+
+
+def _timed_here(parts: Sequence[Part], target: Target, seconds: float) -> list[float]:
     """Median milliseconds of parts in torch, in this process: a part has no artifact that another could open."""
     before = torch.get_num_threads()
     torch.set_num_threads(target.threads)
@@ -240,7 +249,7 @@ def _timed_here(parts: Sequence[Part], target: Target) -> list[float]:
 
     try:
         with torch.inference_mode():
-            samples = interleave([call(part) for part in parts], seconds=SECONDS)
+            samples = interleave([call(part) for part in parts], seconds=seconds)
     finally:
         torch.set_num_threads(before)
     return [float(np.median(times)) for times in samples]

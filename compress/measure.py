@@ -32,6 +32,7 @@ import numpy as np
 import psutil
 
 from compress.errors import CompressError, TargetError
+from compress.memory import release
 from compress.runtimes import open_artifact, runtime_of
 from compress.target import Target, available_cores
 
@@ -108,6 +109,7 @@ def measure(
         "rounds": rounds,
         "seed": seed,
     }
+    release()  # what is timed lies in another process' memory, beside that of this one
     root = str(Path(__file__).resolve().parent.parent)
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(target.threads))
     paths = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))

@@ -138,9 +138,9 @@ class State:
         unfinished = folder.with_name(f"{folder.name}.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
+        release()  # an export needs what making the model has left in pieces
         inputs = example_inputs(model, self.tokenizer, batch=2, sequence=min(self.target.sequence, 16))
         RUNTIMES[self.target.chosen].build(model, inputs, unfinished, cache=self.task.generates)
-        release()
         shutil.rmtree(folder, ignore_errors=True)
         unfinished.rename(folder)
 

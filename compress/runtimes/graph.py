@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 SPLIT = {  # fused norm: the norm it holds, and the number of that one's parameters
@@ -74,7 +75,18 @@ def share_weights(graph: ir.Graph) -> None:
         tensor = value.const_value
         if tensor is None or value.is_graph_input() or value.is_graph_output():
             continue
-        first = kept.setdefault((tensor.dtype, tuple(tensor.shape), hashlib.sha256(tensor.tobytes()).digest()), value)
+        content = np.ascontiguousarray(tensor.numpy()).view(np.uint8)  # no copy, of embeddings above all
+        first = kept.setdefault((tensor.dtype, tuple(tensor.shape), hashlib.sha256(content).digest()), value)
         if first is not value:
             ir.convenience.replace_all_uses_with(value, first)
             del graph.initializers[name]
+
+
+def forget_weights(graph: ir.Graph) -> None:
+    """Let go of a written graph's weights: onnxscript's rewriting rules hold on to the graph they last looked at.
+
+    Where weights came in as inputs, the graph still counts those that fusions have replaced.
+    """
+    counted = getattr(graph.inputs, "_ref_counter", {})
+    for value in (*graph.initializers.values(), *counted):
+        value.const_value = None

@@ -127,7 +127,7 @@ class OnnxRuntime(Runtime):
         """
         from transformers.exporters import OnnxConfig, OnnxExporter
 
-        from compress.runtimes.graph import name_dimensions, share_weights, split_skip_norms
+        from compress.runtimes.graph import forget_weights, name_dimensions, share_weights, split_skip_norms
 
         if model.device.type != "cpu" or model.training:  # both would show in the graph
             model = copy.deepcopy(model).eval()
@@ -152,6 +152,7 @@ class OnnxRuntime(Runtime):
                     if config is named:
                         name_dimensions(graph, decoder.name_cache(graph) if cache else DYNAMIC)
                     exported.save_pretrained(folder)
+                    forget_weights(graph)
             except FAILURES as error:
                 reasons.append(
                     f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error) else ''}"
@@ -171,7 +172,7 @@ class OnnxRuntime(Runtime):
         from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
         from transformers.exporters.utils import apply_patches
 
-        from compress.runtimes.graph import split_skip_norms
+        from compress.runtimes.graph import forget_weights, split_skip_norms
 
         try:
             # The same patches as for a whole model, so that the part's graph is the one inside the whole.
@@ -182,6 +183,7 @@ class OnnxRuntime(Runtime):
                 fuse_for_onnxruntime(program.model, "cpu")
                 split_skip_norms(program.model.graph)
                 onnx_ir.save(program.model, str(path), external_data=f"{path.name}.data")
+                forget_weights(program.model.graph)
         except FAILURES as error:
             raise ExportError(f"onnx: {type(module).__name__} can't be exported: {error}") from error
         return path

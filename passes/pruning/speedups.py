@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from compress.contract import VOCABULARY
@@ -32,18 +32,21 @@ def timed_as_given(state: State) -> tuple[Timing, Timing]:
     from compress.families import layout_of
 
     as_dense = state.layout == layout_of(state.dense.model) and VOCABULARY.name not in state.facts
-    return timed(state, None if as_dense else state)
+    return timed(state, None if as_dense else lambda: state)
 
 
-def timed(state: State, other: State | None) -> tuple[Timing, Timing]:
-    """Time the dense model and another in turn; without another, the dense model stands for both."""
+def timed(state: State, other: Callable[[], State] | None) -> tuple[Timing, Timing]:
+    """Time the dense model and another in turn; without another, the dense model stands for both.
+
+    The other is made when it is needed and let go before it is timed: its artifact takes memory enough.
+    """
     from compress.measure import measure
 
     if other is None:
         (dense,) = measure([state.dense_artifact()], state.target)
         return dense, dense
     folder = state.workshop.step / "candidate"
-    state.build(other.model, folder)
+    state.build(other().model, folder)
     dense, candidate = measure([state.dense_artifact(), folder], state.target)
     shutil.rmtree(folder)
     return dense, candidate

@@ -85,7 +85,7 @@ class DropBlocks(Pass):
             from passes.pruning.depth.removal import removed
 
             if count not in measured:
-                dense, candidate = timed(state, removed(state, choose(count)[0]))
+                dense, candidate = timed(state, lambda: removed(state, choose(count)[0]))
                 measured[count] = dense.milliseconds, speedup(dense, candidate)
             return measured[count][1].value
 

@@ -138,7 +138,7 @@ class Puzzle(Pass):
         from passes.pruning.speedups import timed, timed_as_given
 
         def trial(choice: Sizes) -> Ratio:
-            return speedup(*timed(state, made.built(state, choice)))
+            return speedup(*timed(state, lambda: made.built(state, choice)))
 
         dense, present = timed_as_given(state)
         for faster in self.speedups * self.solutions:

@@ -69,7 +69,7 @@ class Cutter:
         from compress.measure import speedup
         from passes.pruning.speedups import timed
 
-        return speedup(*timed(self.state, branch)).value
+        return speedup(*timed(self.state, lambda: branch)).value
 
     def cut(self, shape: Shape) -> State:
         """A state of its own whose model has the shape; the state it is cut from stays as it was."""

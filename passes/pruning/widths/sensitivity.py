@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -20,7 +19,7 @@ from compress.evaluate.run import likeness
 from compress.layout import Layout
 from compress.progress import track
 from compress.statistics import frozen, real_rows, run_body
-from passes.pruning.widths.database import Curve, Fit, silence_
+from passes.pruning.widths.database import Curve, Fit, own_, silence_
 
 SHARES = (0.5, 0.25, 0.0)  # of an axis' units, measured; what lies between is interpolated
 TINY = 1e-12
@@ -114,12 +113,20 @@ def relative_change(before: Tensor, after: Tensor, mask: Tensor | None) -> Tenso
 
 @contextmanager
 def restored(model: PreTrainedModel, modules: Sequence[str]) -> Iterator[None]:
-    """Put the parameters of `modules` back on leaving."""
-    parameters = [parameter for name in modules for parameter in model.get_submodule(name).parameters()]
-    copies = [parameter.detach().clone() for parameter in parameters]
+    """Inside, `modules` have parameters of their own to be written into; on leaving they have the former ones again.
+
+    Those lie in the model's file, as it is mapped, and stay there.
+    """
+    held = [
+        (part, dict(part.named_parameters(recurse=False)))
+        for name in modules
+        for part in model.get_submodule(name).modules()
+    ]
+    for part, _ in held:
+        own_(part)
     try:
         yield
     finally:
-        with torch.no_grad():
-            for parameter, copy in zip(parameters, copies, strict=True):
-                parameter.copy_(copy)
+        for part, parameters in held:
+            for name, parameter in parameters.items():
+                setattr(part, name, parameter)

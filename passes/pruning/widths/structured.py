@@ -132,7 +132,7 @@ class StructuredPruning(Pass):
         def trial(sizes: Sizes) -> Ratio:
             from compress.measure import speedup
 
-            return speedup(*timed(state, cut_to(state, curves, sizes, fit)))
+            return speedup(*timed(state, lambda: cut_to(state, curves, sizes, fit)))
 
         for faster in self.speedups:
             choice = self.choice(menu, fitness)
