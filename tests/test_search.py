@@ -165,7 +165,8 @@ def test_a_stitched_model_is_the_silenced_and_refitted_one(name, output, tmp_pat
         for axis, size in sizes.items():
             silence_(silenced, state.layout, axis, curves[axis].kept(size), fit)
         with torch.no_grad():
-            expected = change(silenced, batches, [output.read(state.model, batch) for batch in batches], output)
+            now, then = ([output.read(model, batch) for batch in batches] for model in (silenced, state.model))
+            expected = change(now, then, output.distance)
         assert fitness(sizes) == pytest.approx(expected, rel=1e-4, abs=1e-7)  # what float32 leaves of a small KL
         assert fitness(sizes, 1 / len(batches)) != fitness(sizes)
         assert expected > 1e-6

@@ -19,7 +19,7 @@ from passes.pruning.calibrate import Calibrate, calibration
 from passes.pruning.promise import Menu, pursue
 from passes.pruning.widths.database import Curve, Fit, cut_to, silence_, surgery
 from passes.pruning.widths.prune import Prune
-from passes.pruning.widths.sensitivity import follow, measured_losses
+from passes.pruning.widths.sensitivity import HIDDEN, SHARES, change, follow, measured_losses
 from passes.pruning.widths.ziplm import ZipLM
 from tests.conftest import TINY
 from tests.paper import Paper, state_of
@@ -123,7 +123,8 @@ def test_measured_losses_rise_and_leave_the_model_alone(name, tmp_path):
     state = state_of(TINY[name], tmp_path)
     curves, fit = surgery(state, list(state.layout.axes.values()), 0.01)
     before = {key: value.clone() for key, value in state.model.state_dict().items()}
-    losses = measured_losses(state.model, state.layout, curves, fit, list(calibration(state.data, 16)))
+    batches = list(calibration(state.data, 16))
+    losses = measured_losses(state.model, state.layout, curves, fit, batches)
     assert all(torch.equal(before[key], value) for key, value in state.model.state_dict().items())
     for axis in state.layout.axes.values():
         curve = losses[axis.name]
@@ -131,6 +132,14 @@ def test_measured_losses_rise_and_leave_the_model_alone(name, tmp_path):
         assert curve[0] == 0
         assert (np.diff(curve) >= 0).all()
         assert curve[-1] > 0
+        silenced = TINY[name].build()  # run whole, where the losses are measured from the block on
+        silence_(silenced, state.layout, axis.name, curves[axis.name].kept(axis.least), fit)
+        with torch.no_grad():
+            now, then = ([HIDDEN.read(model, batch) for batch in batches] for model in (silenced, state.model))
+        larger = [curve[axis.units - max(axis.least, int(share * axis.units))] for share in SHARES[:-1]]
+        assert curve[axis.units - axis.least] == pytest.approx(
+            max(change(now, then, HIDDEN.distance), *larger), rel=1e-4
+        )
 
 
 def test_an_axis_that_says_nothing_is_free(bert):

@@ -76,7 +76,7 @@ def share_weights(graph: ir.Graph) -> None:
         if tensor is None or value.is_graph_input() or value.is_graph_output():
             continue
         content = np.ascontiguousarray(tensor.numpy()).view(np.uint8)  # no copy, of embeddings above all
-        first = kept.setdefault((tensor.dtype, tuple(tensor.shape), hashlib.sha256(content).digest()), value)
+        first = kept.setdefault((tensor.dtype, tuple(tensor.shape), hashlib.sha256(content.data).digest()), value)
         if first is not value:
             ir.convenience.replace_all_uses_with(value, first)
             del graph.initializers[name]

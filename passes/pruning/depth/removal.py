@@ -146,7 +146,7 @@ def by_loss(state: State, parts: Sequence[str], batches: Batches) -> Choose:
         with frozen(model), without(model, layout, gone):
             if labelled:
                 return likelihood_loss(model, batches, shift=int(state.task.name == "text-generation"))
-            return change(model, batches, dense, HIDDEN)
+            return change((HIDDEN.read(model, batch) for batch in batches), dense, HIDDEN.distance)
 
     order, taken = greedily(parts, loss), list[tuple[str, float]]()
 

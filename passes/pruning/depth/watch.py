@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,6 +66,31 @@ def stepped_over(model: PreTrainedModel, blocks: Sequence[str]) -> Iterator[None
     with ExitStack() as hooks:
         for block in blocks:
             hooks.callback(model.get_submodule(block).register_forward_hook(hook, with_kwargs=True).remove)
+        yield
+
+
+@contextmanager
+def remembered(model: PreTrainedModel, blocks: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Give what each of the named blocks returns inside, by its name."""
+    outputs: dict[str, Any] = {}
+
+    def keep(block: str, module: nn.Module, args: Any, output: Any) -> None:
+        outputs[block] = output
+
+    with ExitStack() as hooks:
+        for block in blocks:
+            hooks.callback(model.get_submodule(block).register_forward_hook(partial(keep, block)).remove)
+        yield outputs
+
+
+@contextmanager
+def recalled(model: PreTrainedModel, outputs: Mapping[str, Any]) -> Iterator[None]:
+    """Let the named blocks return what is given, without being run."""
+    with ExitStack() as undone:
+        for block, output in outputs.items():
+            module: Any = model.get_submodule(block)
+            module.forward = lambda *args, output=output, **kwargs: output
+            undone.callback(delattr, module, "forward")
         yield
 
 

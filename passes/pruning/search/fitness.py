@@ -52,7 +52,8 @@ class Fitness:
             with frozen(self.model), restored(self.model, everyone):
                 for name in self.curves:
                     self._stitch_(name, sizes[name])
-                self.known[key] = change(self.model, self.batches[:count], self.before[:count], self.output)
+                now = (self.output.read(self.model, batch) for batch in self.batches[:count])
+                self.known[key] = change(now, self.before[:count], self.output.distance)
         return self.known[key]
 
     def _stitch_(self, name: str, size: int) -> None:

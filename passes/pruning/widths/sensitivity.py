@@ -7,7 +7,7 @@ independent changes add up, which is what an allocation needs of the numbers it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,6 +19,7 @@ from compress.evaluate.run import likeness
 from compress.layout import Layout
 from compress.progress import track
 from compress.statistics import frozen, real_rows, run_body
+from passes.pruning.depth.watch import blocks_of, recalled, remembered
 from passes.pruning.widths.database import Curve, Fit, own_, silence_
 
 SHARES = (0.5, 0.25, 0.0)  # of an axis' units, measured; what lies between is interpolated
@@ -72,19 +73,32 @@ def measured_losses(
     """For each curve the relative squared error (units + 1,) of the model's last hidden states as its units go.
 
     The error is averaged over tokens. It is measured at the sizes of `SHARES` and in between follows the curve, on
-    logarithmic scales; below the smallest measured one it is proportional to the curve.
+    logarithmic scales; below the smallest measured one it is proportional to the curve. Blocks before the one that is
+    pruned give what they gave, which is remembered.
     """
+    blocks = blocks_of(layout)
     with frozen(model):
-        before = [HIDDEN.read(model, batch) for batch in batches]
+        before, given = [], []
+        for batch in batches:
+            with remembered(model, blocks) as outputs:
+                before.append(HIDDEN.read(model, batch))
+            given.append(outputs)
+
+        def resumed(batch: int, earlier: Sequence[str]) -> Tensor:
+            with recalled(model, {block: given[batch][block] for block in earlier}):
+                return HIDDEN.read(model, batches[batch])
+
         losses = {}
         for name, curve in track(curves.items(), "measure sensitivity", len(curves)):
             axis = layout.axis(name)
+            earlier = blocks[: blocks.index(axis.block)] if axis.block in blocks else []
             sizes = sorted({max(axis.least, int(share * axis.units)) for share in SHARES}, reverse=True)
             errors = []
             for size in sizes:
                 with restored(model, [site.module for site in axis.readers]):
                     silence_(model, layout, name, curve.kept(size), fit)
-                    errors.append(change(model, batches, before, HIDDEN))
+                    now = (resumed(batch, earlier) for batch in range(len(batches)))
+                    errors.append(change(now, before, relative_error))
             losses[name] = follow(curve.relative, axis.units - np.array(sizes), np.array(errors))
     return losses
 
@@ -98,11 +112,9 @@ def follow(curve: np.ndarray, places: np.ndarray, errors: np.ndarray) -> np.ndar
     return np.where(curve > 0, np.exp(bent), 0.0)
 
 
-def change(
-    model: PreTrainedModel, batches: Sequence[Mapping[str, Tensor]], before: Sequence[Tensor], output: Output
-) -> float:
-    """Mean distance over tokens between the model's `output` and what it was `before`."""
-    changes = [output.distance(output.read(model, batch), old) for batch, old in zip(batches, before, strict=True)]
+def change(now: Iterable[Tensor], before: Sequence[Tensor], distance: Callable[[Tensor, Tensor], Tensor]) -> float:
+    """Mean distance over tokens between what a model gives for each batch and what it gave `before`."""
+    changes = [distance(new, old) for new, old in zip(now, before, strict=True)]
     return float(sum(one.sum() for one in changes)) / max(sum(one.numel() for one in changes), 1)
 
 
