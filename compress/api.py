@@ -91,8 +91,9 @@ def compress(
         CompressError: for anything else the caller can mend, such as an unreachable speed-up.
     """
     from compress.outcome import outcome
+    from compress.processes import gather, leads
     from compress.report import render
-    from compress.runner import Run, prepare
+    from compress.runner import CACHE, Run, prepare
     from exporters import EXPORTERS
     from passes import PASSES
 
@@ -117,14 +118,21 @@ def compress(
     )
     folder = Path(read.out or "out").expanduser()
     if in_memory is not None:
-        read = read.model_copy(update={"model": _hand_over(in_memory, tokenizer, prepare(folder, not resume) / GIVEN)})
+        if leads():
+            _hand_over(in_memory, tokenizer, prepare(folder, not resume) / GIVEN)
+        gather()
+        read = read.model_copy(update={"model": str(folder / CACHE / GIVEN)})
     read = read.model_copy(update={"out": str(folder)})
     if problems := read.check():
         raise PlanError(problems)
-    run = Run(read, prepare(folder, fresh=not resume and in_memory is None))
+    cache = prepare(folder, fresh=not resume and in_memory is None) if leads() else folder / CACHE
+    gather()
+    run = Run(read, cache)
     with hushed():
-        report = outcome(run, run.go(), folder, started)
-    render(report, folder)
+        leaves = run.go()
+        if leads():
+            render(outcome(run, leaves, folder, started), folder)
+    gather()
     return Result(json.loads((folder / "report.json").read_text()), folder)
 
 
@@ -139,7 +147,7 @@ def _yaml(value: Any) -> str:
     return json.dumps(str(plain) if isinstance(plain, Path) else plain)
 
 
-def _hand_over(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> str:
+def _hand_over(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
     """Write a model from memory to `folder`, with the tokenizer given or the one from where the model came from."""
     from transformers import AutoTokenizer
 
@@ -151,4 +159,3 @@ def _hand_over(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
         except (OSError, ValueError) as error:
             raise DataError("compress(): the model in memory brings no tokenizer; expected tokenizer=") from error
     save(model, folder, tokenizer)
-    return str(folder)

@@ -58,7 +58,7 @@ class Pass(Options):
 
     A contract that depends on the options is written as a property of the same name. `version` goes into the cache
     key and is raised when a pass computes something else from the same options. A pass that `merges` may follow
-    several steps.
+    several steps. Where a run has several processes, they go through a pass `together`, or the main one does alone.
     """
 
     version: ClassVar[int] = 1
@@ -67,6 +67,7 @@ class Pass(Options):
     keeps: ClassVar[frozenset[Fact]] = frozenset()
     touches: ClassVar[Part] = Part.NONE
     merges: ClassVar[bool] = False
+    together: ClassVar[bool] = False
 
     @property
     def branches(self) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -17,11 +17,14 @@ class TrainingOptions(Options):
 
     `steps` (weight updates) or `epochs` bound the run, and so does `minutes`; the first one met ends it. A run bounded
     by `minutes` follows the clock, so it does not give the same bits twice, nor when resumed. One update takes
-    `accumulate` batches of `batch_size` rows. `validate_every` and `checkpoint_every` count updates; left out, the
-    first is a tenth of the run and the second a minute. `patience` is the number of validations without a gain after
-    which to stop. `precision: auto` is bfloat16 where the hardware has it, float32 elsewhere. With `average` it is the
-    moving average of the weights that is validated and kept.
+    `accumulate` batches of `batch_size` rows, which the processes of a run share alike. `validate_every` and
+    `checkpoint_every` count updates; left out, the first is a tenth of the run and the second a minute. `patience` is
+    the number of validations without a gain after which to stop. `precision: auto` is bfloat16 where the hardware has
+    it, float32 elsewhere. With `average` it is the moving average of the weights that is validated and kept.
+    Options that train `together` are for all processes of a run, others for each by itself.
     """
+
+    together: ClassVar[bool] = False
 
     steps: int | None = Field(default=None, ge=1, description="weight updates")
     epochs: float | None = Field(

@@ -30,10 +30,12 @@ from compress.families import layout_of
 from compress.memory import release
 from compress.plan import Node, Plan, leaves
 from compress.plan.world import MARKER, unusable
+from compress.processes import gather, leads
 from compress.progress import say
 from compress.state import State, Teacher, Workshop
 from compress.tasks import TASKS, Task, infer_task
 
+CACHE = ".cache"  # the folder, in that of the results, of all that a run stores
 WEIGHTS = ("*.safetensors", "config.json")
 
 
@@ -91,9 +93,12 @@ class Run:
         nodes = self.plan.nodes()
         runs = [list(group) for _, group in groupby(nodes, key=lambda node: (node.number, node.parents))]
         for number, siblings in enumerate(runs, 1):
-            if not all(self.folder(node).exists() for node in siblings):
+            missing = not all(self.folder(node).exists() for node in siblings)
+            gather()  # all have looked before one writes
+            if missing and (leads() or siblings[0].step.do.together):
                 say(f"{siblings[0].step.name} ({number} of {len(runs)})")
                 self._run(siblings)
+            gather()
         return leaves(nodes)
 
     def state(self, node: Node | None) -> State:
@@ -148,10 +153,12 @@ class Run:
                 "reason": "",
                 "figures": result.figures,
             }
-            store.keep(result, self.folder(node), row)
+            if leads():
+                store.keep(result, self.folder(node), row)
             release()
             started = time.monotonic()
-        shutil.rmtree(state.workshop.step, ignore_errors=True)
+        if leads():
+            shutil.rmtree(state.workshop.step, ignore_errors=True)
 
 
 def remembered(path: Path, compute: Callable[[], Any]) -> Any:
@@ -191,7 +198,7 @@ def prepare(out: Path, fresh: bool) -> Path:
             for path in out.iterdir():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         (out / MARKER).touch()
-        (out / ".cache").mkdir(exist_ok=True)
+        (out / CACHE).mkdir(exist_ok=True)
     except OSError as error:
         raise CompressError(f"out: {out} can't be written: {error.strerror or error}") from error
-    return out / ".cache"
+    return out / CACHE

@@ -3,7 +3,7 @@
 All that a run is, is a function of its step: data order and dropout are seeded by epoch and step, and the learning rate
 follows the share of the run that is done. So a checkpoint needs the weights, their average, the optimizer's moments,
 the best weights so far and a position, and no random state. A run bounded by `minutes` follows the clock and can't
-repeat its bits.
+repeat its bits. Several processes share the batches of an update: their number changes its time and not its result.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from compress import snapshot
 from compress.doctor import bf16_pays
 from compress.errors import TrainingError
+from compress.processes import on_cpu
 from compress.progress import track
 from compress.recipe import TrainingOptions
 from compress.recompute import recomputed
@@ -107,11 +108,17 @@ class _Run:
     ) -> None:
         # Parameters that the loss does not reach (a pooler, say) would stall distributed training otherwise.
         handler = DistributedDataParallelKwargs(find_unused_parameters=True)
-        self.accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[handler])
+        self.accelerator = Accelerator(cpu=on_cpu(), mixed_precision="no", kwargs_handlers=[handler])
+        self.processes = self.accelerator.num_processes if options.together else 1
+        if options.accumulate % self.processes:
+            raise TrainingError(
+                f"{what}: {self.processes} processes can't share alike the {options.accumulate} batches of an update; "
+                f"expected accumulate to be a multiple of {self.processes}, with the smaller batches that this allows"
+            )
         self.beside, self.options, self.path, self.total, self.what = beside, options, path, total, what
         self.held = nn.ModuleDict({"model": model, "beside": beside})  # all that is trained
-        self.model = self.accelerator.prepare_model(model)
         self.device = self.accelerator.device
+        self.model = self.accelerator.prepare_model(model) if options.together else model.to(self.device)
         self.beside.to(self.device)
         self.optimizer = _optimizer(self.held, options)
         self.bfloat16 = options.precision == "bfloat16" or (options.precision == "auto" and bf16_pays())
@@ -168,7 +175,7 @@ class _Run:
 
     def agree(self, value: float) -> float:
         """The main process's value, so that all processes decide alike."""
-        return float(broadcast(torch.tensor(value, device=self.device)))
+        return value if self.processes == 1 else float(broadcast(torch.tensor(value, device=self.device)))
 
     def due(self, before: float, after: float) -> bool:
         """Whether a validation falls between two shares of the run."""
@@ -177,41 +184,40 @@ class _Run:
         return int(before * VALIDATIONS) < int(after * VALIDATIONS)
 
     def stream(self, batches: Batches) -> Iterator[tuple[int, int, Batch]]:
-        """Yield (epoch, batches taken from it, batch) from the present position on, epoch after epoch.
-
-        Every process takes one batch of each whole round, so that all take equally many steps.
-        """
+        """Yield (epoch, batches taken from it, batch) from the present position on, epoch after epoch."""
         epoch, offset = self.progress.epoch, self.progress.offset
         while True:
-            rounds = zip(*[iter(batches(epoch))] * self.accelerator.num_processes, strict=False)
             taken = offset
-            for taken, together in enumerate(islice(rounds, offset, None), offset + 1):
-                yield epoch, taken, send_to_device(together[self.accelerator.process_index], self.device)
+            for taken, batch in enumerate(islice(batches(epoch), offset, None), offset + 1):
+                yield epoch, taken, batch
             if taken == 0:
                 raise TrainingError(f"{self.what}: the training data has no batch; expected at least one an epoch")
             epoch, offset = epoch + 1, 0
 
     def step(self, stream: Iterator[tuple[int, int, Batch]], loss: Loss) -> None:
-        """Take one step: `accumulate` batches, one update."""
-        progress, options, sums = self.progress, self.options, dict(self.progress.sums)
+        """Take one step: `accumulate` batches, dealt out to the processes, one update."""
+        progress, options = self.progress, self.options
+        mine = range(self.accelerator.process_index % self.processes, options.accumulate, self.processes)
+        sums: dict[str, float] = {}
         self.beside.share = self.share(progress.step + 0.5)
         rate = options.rate(self.beside.share)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         for turn in range(options.accumulate):
             epoch, offset, batch = next(stream)
-            torch.manual_seed(_seed(options.seed, progress.step, turn, self.accelerator.process_index))
-            last = turn == options.accumulate - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
+            if turn not in mine:
+                continue
+            torch.manual_seed(_seed(options.seed, progress.step, turn))
+            with nullcontext() if turn == mine[-1] else self.accelerator.no_sync(self.model):
                 with self.autocast():
-                    given = loss(self.model, batch)
+                    given = loss(self.model, send_to_device(batch, self.device))
                 parts = dict(given) if isinstance(given, Mapping) else {"loss": given}
                 total = torch.stack(list(parts.values())).sum()
                 values = {name: float(part.detach()) for name, part in {**parts, "loss": total}.items()}
                 self.check(values, rate)
-                self.accelerator.backward(total / options.accumulate)
+                self.accelerator.backward(total / len(mine))
             sums = {name: sums.get(name, 0.0) + value for name, value in values.items()}
-        self.gather()
+        sums = self.gather(sums)
         if options.clip:
             norm = self.accelerator.clip_grad_norm_(self.held.parameters(), options.clip)
             self.check({"norm of the gradient": float(norm)}, rate)
@@ -219,17 +225,25 @@ class _Run:
         self.optimizer.step()
         self.optimizer.zero_grad()
         progress.step, progress.epoch, progress.offset = progress.step + 1, epoch, offset
-        progress.sums, progress.since, progress.last_loss = sums, progress.since + options.accumulate, values["loss"]
+        progress.sums = {name: progress.sums.get(name, 0.0) + value for name, value in sums.items()}
+        progress.since, progress.last_loss = progress.since + options.accumulate, values["loss"]
         self.follow()
         self.settled = True
 
-    def gather(self) -> None:
-        """Bring what is beside the model, which is not wrapped for it, to the same gradients in all processes."""
-        if self.accelerator.num_processes > 1:
-            for parameter in self.beside.parameters():
-                parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
-            for buffer in self.beside.buffers():
-                buffer.copy_(broadcast(buffer))
+    def gather(self, sums: dict[str, float]) -> dict[str, float]:
+        """Add up the losses of all processes, and bring what is beside the model, not wrapped for it, to one gradient.
+
+        Its buffers are those of the main process, which counted its own batches alone.
+        """
+        if self.processes == 1:
+            return sums
+        for parameter in self.beside.parameters():
+            own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = self.accelerator.reduce(own, "mean")
+        for buffer in self.beside.buffers():
+            buffer.copy_(broadcast(buffer))
+        added = self.accelerator.reduce(torch.tensor(list(sums.values()), device=self.device), "sum")
+        return dict(zip(sums, added.tolist(), strict=True))
 
     @torch.no_grad()
     def follow(self) -> None:
@@ -279,7 +293,7 @@ class _Run:
         progress.sums, progress.since, progress.gainless = {}, 0, 0 if gained else progress.gainless + 1
 
     def save(self) -> None:
-        """Write the checkpoint, from the main process."""
+        """Write the checkpoint; the main process does."""
         self.progress.seconds = time.monotonic() - self.started
         if self.accelerator.is_main_process:
             parts = {"weights": weights_of(self.held), "best": self.best, "average": self.average}

@@ -32,6 +32,7 @@ class Distill(TrainingOptions, Pass):
 
     requires = frozenset({TEACHER})
     touches = Part.VALUES
+    together = True
 
     learning_rate: float = Field(
         default=2e-4, gt=0, description="its peak; rises over `warmup`, then falls as a cosine to 0"

@@ -22,6 +22,7 @@ class Finetune(TrainingOptions, Pass):
 
     provides = frozenset({TEACHER})
     touches = Part.VALUES
+    together = True
 
     learning_rate: float = Field(
         default=5e-5, gt=0, description="its peak; rises over `warmup`, then falls as a cosine to 0"

@@ -1,0 +1,108 @@
+"""Several processes of one run: they give what one gives, and the main one alone writes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import PartialState
+from safetensors.torch import load_file, save_file
+
+from compress import compress
+from compress.errors import TrainingError
+from compress.training import CHECKPOINT
+from tests.test_distill import distill, make_state, prune
+from tests.world import make_world
+
+ROOT = Path(__file__).parents[1]
+LOSSES = {"hidden": {"project": True}, "logits": 1.0, "task": 0.5}
+PLAN = {
+    "model": "my-encoder",
+    "task": "text-classification",
+    "data": {"source": "reviews.tsv", "text": "sentence", "label": "label", "train_rows": 64, "test_rows": 40},
+    "target": {"runtime": "torch", "sequence": 16},
+    "passes": [
+        {"finetune": {"steps": 4, "batch_size": 8, "accumulate": 2, "precision": "float32"}},
+        {"drop_blocks": {"remove": 1, "samples": 8, "keep_first": 0}},
+        {"distill": {"steps": 4, "batch_size": 8, "accumulate": 2, "precision": "float32"}},
+    ],
+    "export": ["huggingface"],
+    "out": "out",
+}
+
+
+def recover(folder: Path, stop: int | None = None) -> None:
+    """Distil a pruned model with all that a step may have: dropout, learned maps, an average; then write it down."""
+    state = make_state(folder, "text-classification", attention_probs_dropout_prob=0.2)
+    prune(state)
+    options = {"steps": 8, "batch_size": 6, "accumulate": 4, "dropout": True, "average": 0.5, "losses": LOSSES}
+    after = distill(state, checkpoint_every=4, **options)
+    rank = PartialState().process_index
+    save_file(after.model.state_dict(), folder / f"{rank}.safetensors")
+    (folder / f"{rank}.json").write_text(json.dumps(after.figures))
+
+
+def run_plan(folder: Path) -> None:
+    os.chdir(folder)
+    compress(plan=PLAN)
+
+
+JOBS = {"recover": recover, "plan": run_plan}
+
+
+def launch(job: str, folder: Path, processes: int = 2) -> None:
+    """Run a job in so many processes."""
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    words += ["-m", "tests.test_processes", job, str(folder)]
+    done = subprocess.run(
+        [sys.executable, *words], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def test_two_processes_give_the_curve_and_the_weights_of_one(tmp_path):
+    one, two = made(tmp_path / "one"), made(tmp_path / "two")
+    recover(one)
+    launch("recover", two)
+    weights = [load_file(path) for path in (one / "0.safetensors", two / "0.safetensors", two / "1.safetensors")]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, rtol=1e-3, atol=1e-4)
+        assert torch.equal(weights[1][name], weights[2][name])
+    histories = [json.loads((folder / "0.json").read_text())["history"] for folder in (one, two)]
+    assert len(histories[0]) == len(histories[1]) > 5
+    for mine, theirs in zip(*histories, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+    # One process goes on from what two wrote, which is all that one would have written.
+    found, expected = (load_file(folder / "step" / CHECKPOINT) for folder in (two, one))
+    assert found.keys() == expected.keys()
+    assert all(found[name].shape == tensor.shape for name, tensor in expected.items())
+
+
+def test_a_plan_in_two_processes_is_run_once(tmp_path):
+    make_world(tmp_path)
+    launch("plan", tmp_path)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    (branch,) = report["branches"]
+    assert [step["pass"] for step in branch["steps"]] == ["finetune", "drop_blocks", "distill"]
+    nodes = list((tmp_path / "out" / ".cache" / "nodes").iterdir())
+    assert len(nodes) == 3
+    assert not list((tmp_path / "out").rglob("*.unfinished"))
+
+
+def test_batches_that_processes_cannot_share_alike_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("accelerate.Accelerator.num_processes", 2)
+    state = make_state(tmp_path, "text-classification")
+    with pytest.raises(TrainingError, match="2 processes can't share alike the 3 batches of an update; expected acc"):
+        distill(state, accumulate=3)
+
+
+if __name__ == "__main__":
+    JOBS[sys.argv[1]](Path(sys.argv[2]))
