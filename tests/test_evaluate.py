@@ -17,6 +17,8 @@ from compress.errors import DataError
 from compress.evaluate import Score, bootstrap, embed, evaluate, headline, metrics
 from compress.evaluate.answers import answer_f1, best_span, exact_match
 from compress.evaluate.evaluation import MEASURED
+from compress.evaluate.measures import ALIKE
+from compress.evaluate.run import BINS, likeness, overconfidence
 from compress.tasks import TASKS
 from tests.texts import model, sentences, tokenizer, write_lines
 
@@ -47,15 +49,16 @@ CASES = {
     "pairs": ("feature-extraction", PAIRS, {}, {"cosine", "spearman"}),
     "sentences": ("feature-extraction", {}, {}, {"cosine"}),
     "classes": ("text-classification", {"label": "kind"}, {"num_labels": 3},
-                {"accuracy", "f1", "matthews", "top1_agreement", "kl"}),
-    "no labels": ("text-classification", {}, {"num_labels": 3}, {"top1_agreement", "kl"}),
-    "scores": ("text-classification", PAIRS, {"num_labels": 1}, {"spearman", "pearson", "teacher_pearson"}),
-    "tags": ("token-classification", {}, {"num_labels": 3}, {"f1", "accuracy", "top1_agreement", "kl"}),
-    "answers": ("question-answering", {}, {}, {"f1", "exact_match", "top1_agreement", "kl"}),
-    "masked": ("fill-mask", {}, {}, {"perplexity", "top1_agreement", "kl"}),
-    "causal": ("text-generation", {}, {"is_decoder": True}, {"perplexity", "top1_agreement", "kl"}),
+                {"accuracy", "f1", "matthews", "calibration_error", *ALIKE}),
+    "no labels": ("text-classification", {}, {"num_labels": 3}, {*ALIKE}),
+    "scores": ("text-classification", PAIRS, {"num_labels": 1}, {"spearman", "pearson", "teacher_pearson", "teacher_spearman"}),
+    "tags": ("token-classification", {}, {"num_labels": 3}, {"f1", "accuracy", "calibration_error", *ALIKE}),
+    "answers": ("question-answering", {}, {}, {"f1", "exact_match", *ALIKE}),
+    "masked": ("fill-mask", {}, {}, {"perplexity", "calibration_error", *ALIKE}),
+    "causal": ("text-generation", {}, {"is_decoder": True}, {"perplexity", "calibration_error", *ALIKE}),
 }  # fmt: skip
-PERFECT = {"cosine": 1.0, "top1_agreement": 1.0, "kl": 0.0, "teacher_pearson": 1.0}
+PERFECT = {"cosine": 1.0, "top1_agreement": 1.0, "kl": 0.0, "probability_loyalty": 1.0}
+PERFECT |= {"teacher_pearson": 1.0, "teacher_spearman": 1.0}
 
 
 def prepare(case: str, folder: Path, **options):
@@ -286,3 +289,26 @@ def test_minilm_has_its_published_score_on_stsb() -> None:
     assert score.count == 1500
     assert score.value == pytest.approx(0.867, abs=0.005)  # as sentence-transformers gives for the dev split
     assert 0.84 < score.low < score.high < 0.89
+
+
+def test_a_forecaster_that_is_right_as_often_as_it_is_sure_has_no_calibration_error() -> None:
+    sure = torch.tensor([0.6] * 10 + [0.9] * 10)
+    logits = torch.stack([sure, 1 - sure], 1).log()
+    labels = torch.tensor([0] * 6 + [1] * 4 + [0] * 9 + [1])
+    error = metrics.calibration_error()
+    assert error({"gap": overconfidence(logits, labels).numpy()}) == pytest.approx(0, abs=1e-6)
+    # Always sure and half right, it errs by a half; so it does where a row holds the sums of many predictions.
+    blind = overconfidence(torch.tensor([[50.0, 0.0]] * 8), torch.tensor([0, 1] * 4))
+    assert blind.shape == (8, BINS)
+    assert error({"gap": blind.numpy()}) == pytest.approx(0.5)
+    whole = {"gap": blind.sum(0, keepdim=True).numpy(), "tokens": np.array([8])}
+    assert metrics.calibration_error("tokens")(whole) == pytest.approx(0.5)
+
+
+def test_loyalty_is_one_for_equal_and_nothing_for_disjoint_predictions() -> None:
+    one = torch.tensor([[40.0, 0.0, 0.0], [1.0, 2.0, 3.0], [0.0, 0.0, -60.0]])
+    other = torch.tensor([[0.0, 40.0, 0.0], [1.0, 2.0, 3.0], [-60.0, 0.0, 0.0]])
+    disjoint, equal, half = likeness(one, other).loyalty
+    assert (float(disjoint), float(equal)) == pytest.approx((0, 1), abs=1e-5)
+    assert float(half) == pytest.approx(1 - math.sqrt(0.5), abs=1e-5)  # half of either is the other's: JS is half a bit
+    assert likeness(one, other).loyalty.equal(likeness(other, one).loyalty)

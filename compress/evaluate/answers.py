@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from compress.evaluate import metrics
-from compress.evaluate.run import Batch, Measured, Run, likeness
+from compress.evaluate.measures import mean_likeness
+from compress.evaluate.run import Batch, Likeness, Measured, Run, likeness
 
 ARTICLE = re.compile(r"\b(a|an|the)\b")
 ANSWER_LENGTH = 30  # tokens of an answer at most, as in the SQuAD baselines
@@ -43,8 +44,10 @@ def measure_answers(run: Run) -> Measured:
                 )
                 for side in ("start_logits", "end_logits")
             ]
-            columns["agrees"] = pairs[0][0] * pairs[1][0]
-            columns["divergence"] = (pairs[0][1] + pairs[1][1]) / 2
+            start, end = pairs
+            columns["agrees"] = start.agrees * end.agrees
+            columns["divergence"] = (start.divergence + end.divergence) / 2
+            columns["loyalty"] = (start.loyalty + end.loyalty) / 2
         return columns
 
     met = run.columns(columns_of)
@@ -57,9 +60,8 @@ def measure_answers(run: Run) -> Measured:
     measures = {"f1": metrics.mean("f1"), "exact_match": metrics.mean("exact")}
     if "agrees" in met:
         windows = np.bincount(encoded.owners)
-        columns |= {name: np.bincount(encoded.owners, met[name]) / windows for name in ("agrees", "divergence")}
-        measures |= {"top1_agreement": metrics.mean("agrees"), "kl": metrics.mean("divergence")}
-    return columns, measures
+        columns |= {name: np.bincount(encoded.owners, met[name]) / windows for name in Likeness._fields}
+    return columns, {**measures, **mean_likeness(columns)}
 
 
 def find_answers(run: Run, spans: np.ndarray) -> tuple[list[str], list[list[str]]]:

@@ -12,7 +12,9 @@ from torch.nn import functional
 from compress.data.batches import IGNORED
 from compress.errors import DataError
 from compress.evaluate import metrics
-from compress.evaluate.run import Batch, Measured, Run, embed, likeness
+from compress.evaluate.run import Batch, Measured, Run, embed, likeness, overconfidence
+
+ALIKE = {"top1_agreement": "agrees", "kl": "divergence", "probability_loyalty": "loyalty"}  # metric -> column
 
 
 def measure_embeddings(run: Run) -> Measured:
@@ -49,10 +51,12 @@ def measure_classes(run: Run) -> Measured:
         columns = {"predicted": logits[:, 0] if scored else logits.argmax(-1)}
         if "labels" in batch:
             columns["label"] = batch["labels"]
+        if "labels" in batch and not scored:
+            columns["gap"] = overconfidence(logits, batch["labels"])
         if taught is not None and scored:
             columns["taught"] = taught.logits[:, 0].to(logits.device)
         elif taught is not None:
-            columns["agrees"], columns["divergence"] = likeness(logits, taught.logits)
+            columns |= likeness(logits, taught.logits)._asdict()
         return columns
 
     columns = run.columns(columns_of)
@@ -64,11 +68,16 @@ def measure_classes(run: Run) -> Measured:
         }
     elif "label" in columns:
         measures |= {"accuracy": metrics.accuracy, "f1": metrics.f1, "matthews": metrics.matthews}
+        measures["calibration_error"] = metrics.calibration_error()
     if "taught" in columns:
         measures["teacher_pearson"] = metrics.pearson("predicted", "taught")
-    if "agrees" in columns:
-        measures |= {"top1_agreement": metrics.mean("agrees"), "kl": metrics.mean("divergence")}
-    return columns, measures
+        measures["teacher_spearman"] = metrics.spearman("predicted", "taught")
+    return columns, {**measures, **mean_likeness(columns)}
+
+
+def mean_likeness(columns: metrics.Columns) -> dict[str, metrics.Measure]:
+    """Measures of likeness to the teacher, where there was one."""
+    return {name: metrics.mean(column) for name, column in ALIKE.items() if column in columns}
 
 
 def check_labels(run: Run) -> None:
@@ -92,18 +101,17 @@ def token_columns(logits: Tensor, labels: Tensor, taught: Tensor | None) -> dict
         chosen, wanted = logits[row, used], targets[used]
         loss = functional.cross_entropy(chosen.float(), wanted, reduction="sum")
         sums = {"loss": loss, "tokens": used.sum(), "right": (chosen.argmax(-1) == wanted).sum()}
+        sums["gap"] = overconfidence(chosen, wanted).sum(0)
         if taught is not None:
-            agrees, divergence = likeness(chosen, taught[row, used.to(taught.device)])
-            sums |= {"agrees": agrees.sum(), "divergence": divergence.sum()}
+            alike = likeness(chosen, taught[row, used.to(taught.device)])
+            sums |= {name: part.sum() for name, part in alike._asdict().items()}
         rows.append(sums)
     return {name: torch.stack([sums[name] for sums in rows]).double() for name in rows[0]}
 
 
 def token_likeness(columns: metrics.Columns) -> dict[str, metrics.Measure]:
     """Measures of likeness to the teacher over tokens, where there was one."""
-    if "agrees" not in columns:
-        return {}
-    return {"top1_agreement": metrics.ratio("agrees", "tokens"), "kl": metrics.ratio("divergence", "tokens")}
+    return {name: metrics.ratio(column, "tokens") for name, column in ALIKE.items() if column in columns}
 
 
 def measure_language(run: Run) -> Measured:
@@ -116,7 +124,8 @@ def measure_language(run: Run) -> Measured:
         return token_columns(outputs.logits[:, :length], batch["labels"][:, shift:], theirs)
 
     columns = run.columns(columns_of)
-    return columns, {"perplexity": metrics.perplexity, **token_likeness(columns)}
+    calibration = {"calibration_error": metrics.calibration_error("tokens")}
+    return columns, {"perplexity": metrics.perplexity, **calibration, **token_likeness(columns)}
 
 
 def measure_words(run: Run) -> Measured:
@@ -135,4 +144,6 @@ def measure_words(run: Run) -> Measured:
         }
 
     columns = run.columns(columns_of)
-    return columns, {"f1": metrics.micro_f1, "accuracy": metrics.ratio("right", "tokens"), **token_likeness(columns)}
+    measures = {"f1": metrics.micro_f1, "accuracy": metrics.ratio("right", "tokens")}
+    measures["calibration_error"] = metrics.calibration_error("tokens")
+    return columns, {**measures, **token_likeness(columns)}

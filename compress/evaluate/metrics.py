@@ -21,6 +21,20 @@ def ratio(total: str, count: str) -> Measure:
     return lambda columns: float(columns[total].sum() / columns[count].sum())
 
 
+def calibration_error(count: str | None = None) -> Measure:
+    """Expected calibration error (ECE; Guo et al., arXiv:1706.04599), from the column `gap` (rows, bins).
+
+    A row holds the confidence less the correctness of its predictions, summed in the bin of their confidence; `count`
+    is the column with their number, one a row where it is None. 0 where each bin is right as often as it is sure.
+    """
+
+    def measure(columns: Columns) -> float:
+        total = columns[count].sum() if count else len(columns["gap"])
+        return float(np.abs(columns["gap"].sum(0)).sum() / total)
+
+    return measure
+
+
 def perplexity(columns: Columns) -> float:
     """The exponential of the mean negative log likelihood of a token, from `loss` and `tokens` per row."""
     return float(np.exp(ratio("loss", "tokens")(columns)))

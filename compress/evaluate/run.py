@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from compress.evaluate.metrics import Columns, Measure
 from compress.progress import track
 
 Batch = Mapping[str, Tensor]
+BINS = 15  # of confidence, as Guo et al. have them (arXiv:1706.04599)
 Measured = tuple[Columns, dict[str, Measure]]  # numbers per row, and the scores to take from them
 
 
@@ -57,10 +59,34 @@ def embed(outputs: Any, attention_mask: Tensor) -> Tensor:
     return functional.normalize(mean, dim=-1)
 
 
-def likeness(logits: Tensor, taught: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether the likeliest class is the teacher's, and KL(teacher, model) in nats; both over the last axis."""
+class Likeness(NamedTuple):
+    """How alike predictions are: label and probability loyalty of Xu et al. (arXiv:2109.03228), and KL in nats.
+
+    `agrees` says whether the likeliest class is the teacher's, `loyalty` is ``1 - sqrt(JS)`` with the Jensen-Shannon
+    divergence in bits, so that it is 1 for equal and 0 for disjoint predictions.
+    """
+
+    agrees: Tensor
+    divergence: Tensor
+    loyalty: Tensor
+
+
+def likeness(logits: Tensor, taught: Tensor) -> Likeness:
+    """How alike logits (..., classes) are to the teacher's; each over the last axis."""
     ours, theirs = logits.float().log_softmax(-1), taught.to(logits.device).float().log_softmax(-1)
-    return (ours.argmax(-1) == theirs.argmax(-1)).float(), (theirs.exp() * (theirs - ours)).sum(-1)
+    agrees, divergence = (ours.argmax(-1) == theirs.argmax(-1)).float(), (theirs.exp() * (theirs - ours)).sum(-1)
+    both = ours.double(), theirs.double()  # the root of a rounding error in float32 is 1e-4
+    middle = torch.logaddexp(*both) - math.log(2)
+    bits = sum((one.exp() * (one - middle)).sum(-1) for one in both) / math.log(4)
+    return Likeness(agrees, divergence, 1 - torch.as_tensor(bits).clamp(0, 1).sqrt().float())
+
+
+def overconfidence(logits: Tensor, labels: Tensor) -> Tensor:
+    """Confidence less correctness of each prediction, in the bin of its confidence: (rows, classes) -> (rows, bins)."""
+    confidence, chosen = logits.float().softmax(-1).max(-1)
+    bins = (confidence * BINS).long().clamp(max=BINS - 1)
+    gap = confidence - (chosen == labels).float()
+    return functional.one_hot(bins, BINS) * gap[:, None]
 
 
 @contextmanager

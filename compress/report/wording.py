@@ -11,7 +11,7 @@ from pydantic import JsonValue
 from compress.report.schema import Axis, Branch, Interval, Measured, Report, Step
 
 ABSENT = "not measured"
-LOWER_IS_BETTER = frozenset({"perplexity", "kl", "loss"})
+LOWER_IS_BETTER = frozenset({"perplexity", "kl", "loss", "calibration_error"})
 NAMES = {"onnxruntime": "ONNX Runtime", "torch": "PyTorch", "openvino": "OpenVINO", "cpu": "CPU", "cuda": "CUDA"}
 
 

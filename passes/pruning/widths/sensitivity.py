@@ -56,7 +56,7 @@ def predictions(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Tensor:
 
 def divergence(now: Tensor, before: Tensor) -> Tensor:
     """KL(before, now) of each token's predictions, in nats."""
-    return likeness(now, before)[1]
+    return likeness(now, before).divergence
 
 
 HIDDEN = Output(hidden_states, relative_error)
