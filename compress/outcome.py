@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from compress import store
 from compress.contract import Part
-from compress.evaluate import evaluate
+from compress.evaluate import evaluate, layer_similarity
 from compress.families import layout_of
 from compress.measure import Timing, measure, speedup
 from compress.plan import Node
@@ -26,6 +26,9 @@ from compress.runtimes import RUNTIMES, Artifact
 from compress.runtimes.base import digest_of
 from compress.state import State, dense_name
 from compress.target import Target, machine
+from compress.tasks import Task
+
+BEFORE = "quality_before_recovery"
 
 
 def outcome(run: Run, leaves: Sequence[Node], out: Path, started: float) -> dict[str, Any]:
@@ -48,7 +51,7 @@ def outcome(run: Run, leaves: Sequence[Node], out: Path, started: float) -> dict
             **_told(timing, run.plan.target),
         }
     dense = baseline.dense.model
-    stored = run.cache / "quality" / f"{digest([run.root_key, baseline.dense.source])}.json"
+    stored = run.cache / "quality" / digest([run.root_key, baseline.dense.source])
     return {
         "schema": 1,
         "environment": {**machine(), "target": run.plan.target.fingerprint()["target"]},
@@ -58,7 +61,7 @@ def outcome(run: Run, leaves: Sequence[Node], out: Path, started: float) -> dict
         "baseline": {
             **_size(dense),
             **_told(timings[0], run.plan.target),
-            **_split(_quality(stored, baseline.as_dense()), "quality"),
+            **_quality(stored, baseline.as_dense(), "quality"),
         },
         "branches": branches,
     }
@@ -70,19 +73,21 @@ def _branch(run: Run, leaf: Node, state: State, out: Path) -> dict[str, Any]:
     while chain[0].parents:
         chain.insert(0, chain[0].parents[0])
     rows = [store.row_of(run.folder(node)) for node in chain]
-    quality = _quality(run.folder(leaf) / "quality.json", state)
-    before = quality
+    quality = _quality(run.folder(leaf), state, "quality")
+    before = {name.replace("quality", BEFORE): scores for name, scores in quality.items()}
     shaped = [node for node in chain if Part.SHAPE in node.step.do.touches]
     if shaped and shaped[-1] is not leaf:
-        before = _quality(run.folder(shaped[-1]) / "quality.json", run.state(shaped[-1]))
+        before = _quality(run.folder(shaped[-1]), run.state(shaped[-1]), BEFORE)
     pruned: dict[str, Any] = next((row["figures"] for row in rows[::-1] if "promised" in row["figures"]), {})
     branch: dict[str, Any] = {
         "name": leaf.branch or "compressed",
         "promised_speedup": pruned.get("promised"),
         "measured_speedup": pruned.get("measured"),  # for the model card; that of the artifacts takes its place
         **_size(state.model),
-        **_split(before, "quality_before_recovery"),
-        **_split(quality, "quality"),
+        **before,
+        **quality,
+        "layers": remembered(run.folder(leaf) / "layers.json", lambda: layer_similarity(state)),
+        "warnings": overfitted(run.task, {**before, **quality}),
         "steps": rows,
         "axes": _axes(state),
     }
@@ -147,23 +152,44 @@ def _size(model: PreTrainedModel) -> dict[str, int]:
     }
 
 
-def _quality(path: Path, state: State) -> dict[str, Any]:
-    """Scores of a state's model on the test split, fidelity to its teacher among them."""
+def _quality(folder: Path, state: State, name: str) -> dict[str, Any]:
+    """Scores of a state's model, fidelity to its teacher among them, values and intervals apart as the report has them.
 
-    def judge() -> dict[str, Any]:
-        say("judging quality on the test split")
-        scores = evaluate(state.model, state.data, state.task, split="test", teacher=state.teacher)
-        return {name: asdict(score) for name, score in scores.items()}
+    Those of the test split under `name`, those of another domain, where the data has one, under `name`_other.
+    """
+    found: dict[str, Any] = {}
+    for split, key in (("test", name), ("other", f"{name}_other")):
+        if split not in state.data.splits:
+            continue
 
-    return remembered(path, judge)
+        def judge(split: str = split) -> dict[str, Any]:
+            say(f"judging quality on the {split} split")
+            scores = evaluate(state.model, state.data, state.task, split=split, teacher=state.teacher)
+            return {metric: asdict(score) for metric, score in scores.items()}
+
+        scores = remembered(folder / f"quality_{split}.json", judge)
+        found[key] = {metric: score["value"] for metric, score in scores.items()}
+        found[f"{key}_interval"] = {metric: [score["low"], score["high"]] for metric, score in scores.items()}
+    return found
 
 
-def _split(scores: Mapping[str, Mapping[str, float]], name: str) -> dict[str, Any]:
-    """Values and intervals apart, as the report keeps them."""
-    return {
-        name: {metric: score["value"] for metric, score in scores.items()},
-        f"{name}_interval": {metric: [score["low"], score["high"]] for metric, score in scores.items()},
-    }
+def overfitted(task: Task, scores: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A sentence where recovery won on the test split and lost on the other domain, by the task's headline score.
+
+    What was there before must lie outside of the interval of what is there after.
+    """
+    metric = next((name for name in task.metrics if name in scores["quality"]), None)
+    if metric is None or "quality_other" not in scores:
+        return []
+    before, after = ([scores[f"{name}{of}"][metric] for of in ("", "_other")] for name in (BEFORE, "quality"))
+    sign = -1 if task.lower_is_better else 1
+    low, high = scores["quality_other_interval"][metric]
+    if sign * (after[0] - before[0]) > 0 > sign * (after[1] - before[1]) and not low <= before[1] <= high:
+        told = (
+            f"recovery took {metric} on the test split from {before[0]:.4g} to {after[0]:.4g} and on the other domain"
+        )
+        return [f"{told} from {before[1]:.4g} to {after[1]:.4g}: it over-fits to its corpus."]
+    return []
 
 
 def _axes(state: State) -> list[dict[str, Any]]:

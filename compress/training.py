@@ -34,6 +34,7 @@ from compress.snapshot import Progress, put_weights, weights_of
 
 Batch = Mapping[str, Tensor]
 Batches = Callable[[int], Iterable[Batch]]
+Validate = Callable[[], float | Mapping[str, float]]
 Loss = Callable[[nn.Module, Batch], Tensor | Mapping[str, Tensor]]
 
 CHECKPOINT = "training.safetensors"
@@ -74,16 +75,17 @@ def train(
     *,
     folder: Path,
     total_steps: int | None,
-    validate: Callable[[], float] | None = None,
+    validate: Validate | None = None,
     beside: Beside | None = None,
     what: str = "train",
 ) -> TrainingResult:
     """Train `model` in place and leave it with the weights that validated best, those it came with included.
 
     `batches` gives the batches of an epoch, the same ones for the same number. `loss` gives a scalar, or named scalars
-    whose sum is trained. `validate` gives a score, lower is better; without it the last weights stay. `beside` is
-    trained along. A checkpoint found in `folder` is gone on from. Raises TrainingError where there is nothing to train,
-    no data, a loss that is not a number, or the checkpoint of another run.
+    whose sum is trained. `validate` gives a score, lower is better, alone or as `validation` among other figures for
+    the history; without it the last weights stay. `beside` is trained along. A checkpoint found in `folder` is gone on
+    from. Raises TrainingError where there is nothing to train, no data, a loss that is not a number, or the checkpoint
+    of another run.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
@@ -132,7 +134,7 @@ class _Run:
             self.progress, self.best, self.average = snapshot.read(path, self.identity, self.held, self.optimizer)
         self.started = time.monotonic() - self.progress.seconds
 
-    def go(self, batches: Batches, loss: Loss, validate: Callable[[], float] | None) -> Progress:
+    def go(self, batches: Batches, loss: Loss, validate: Validate | None) -> Progress:
         """Train from where the run stands to its end."""
         self.model.train(self.options.dropout)
         if validate and not self.progress.history:
@@ -277,19 +279,21 @@ class _Run:
                     "lower learning_rate, lengthen warmup, or set precision: float32"
                 )
 
-    def judge(self, validate: Callable[[], float]) -> None:
+    def judge(self, validate: Validate) -> None:
         """Validate, write the entry of the history and hold on to the best weights."""
         progress = self.progress
         self.model.eval()
         with self.averaged():
             with torch.no_grad(), self.autocast():
-                score = self.agree(validate())
+                given = validate()
+            told = dict(given) if isinstance(given, Mapping) else {"validation": given}
+            score = told["validation"] = self.agree(told["validation"])
             self.check({"validation score": score}, self.options.rate(self.share(progress.step)))
             if gained := progress.best_score is None or score < progress.best_score:
                 progress.best_step, progress.best_score, self.best = progress.step, score, weights_of(self.held)
         self.model.train(self.options.dropout)
         means = {name: value / progress.since for name, value in progress.sums.items()}
-        progress.history.append({"step": progress.step, **means, "validation": score})
+        progress.history.append({"step": progress.step, **means, **told})
         progress.sums, progress.since, progress.gainless = {}, 0, 0 if gained else progress.gainless + 1
 
     def save(self) -> None:

@@ -12,9 +12,11 @@ from transformers import AutoModel, AutoTokenizer
 import compress as package
 from compress import compress, latency
 from compress.errors import CompressError, DataError, PlanError
+from compress.outcome import BEFORE, overfitted
 from compress.report import check
+from compress.tasks import TASKS
 from tests.conftest import assert_one_model
-from tests.world import make_world
+from tests.world import WORDS, make_world
 
 QUICK = {
     "passes": ["calibrate", {"distill": {"steps": 4, "batch_size": 8}}],
@@ -52,6 +54,44 @@ def test_a_run_leaves_models_and_a_report_and_is_not_made_again(plan: dict[str, 
     second = compress(plan={**plan, "export": ["huggingface"]}, out=tmp_path / "out")
     assert (tmp_path / "out" / "model" / "model.safetensors").stat().st_mtime_ns == written
     assert second.report["branches"] == result.report["branches"]
+
+
+def test_another_domain_is_scored_beside_the_test_and_blocks_beside_the_dense_ones(
+    plan: dict[str, Any], world: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "other.txt").write_text("\n".join(f"{word} is the {word} of the film" for word in WORDS))
+    data = {**plan["data"], "other": str(tmp_path / "other.txt")}
+    passes = [{"drop_blocks": {"remove": 1, "samples": 8, "keep_first": 0}}, *QUICK["passes"][1:]]
+    report = compress(plan={**plan, "data": data, "passes": passes, "export": []}, out=tmp_path / "out").report
+    (branch,) = report["branches"]
+    assert report["baseline"]["quality_other"] == pytest.approx({"cosine": 1})
+    assert branch["quality_other"].keys() == branch["quality"].keys() == branch["quality_before_recovery_other"].keys()
+    assert branch["quality_other"] != branch["quality"]
+    assert branch["quality_other_interval"]["cosine"][0] <= branch["quality_other"]["cosine"]
+    ((_, alike),) = branch["layers"].items()
+    assert 0 < alike <= 1
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "compressed, other domain" in text
+    assert "dense, other domain" in text
+
+
+def scores(test: float, other: float, name: str, metric: str = "accuracy", sign: int = 1) -> dict[str, Any]:
+    spread = sorted((sign * (other - 0.01), sign * (other + 0.01)))
+    found = {name: sign * test, f"{name}_other": sign * other, f"{name}_other_interval": spread}
+    return {key: {metric: value} for key, value in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [((0.8, 0.7), (0.9, 0.6), True), ((0.8, 0.7), (0.9, 0.8), False), ((0.8, 0.7), (0.7, 0.6), False),
+     ((0.8, 0.7), (0.9, 0.695), False)],
+)  # fmt: skip
+def test_a_recovery_that_loses_what_it_was_not_trained_on_is_told_of(before, after, said) -> None:
+    told = {**scores(*before, BEFORE), **scores(*after, "quality")}
+    assert bool(overfitted(TASKS["text-classification"], told)) == said
+    worse = [scores(*two, name, "perplexity", -1) for two, name in ((before, BEFORE), (after, "quality"))]
+    assert bool(overfitted(TASKS["text-generation"], worse[0] | worse[1])) == said  # of which less is better
+    assert overfitted(TASKS["text-classification"], {"quality": told["quality"], BEFORE: told[BEFORE]}) == []
 
 
 def test_a_model_in_memory_is_taken_with_its_tokenizer(plan: dict[str, Any], world: Path, tmp_path: Path) -> None:

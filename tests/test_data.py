@@ -150,6 +150,20 @@ def test_separate_test_rows_are_left_out_of_everything_else(tmp_path) -> None:
     assert counts == {"calibration": 5, "train": 45, "validation": 10, "test": 20}
 
 
+def test_rows_of_another_domain_stand_beside_the_splits_and_in_the_fingerprint(tmp_path) -> None:
+    other = write_lines(tmp_path / "other.jsonl", ROWS["feature-extraction"][:20])
+    plain = open_rows(tmp_path, "feature-extraction", test_rows=7)
+    data = open_rows(tmp_path, "feature-extraction", test_rows=7, other=other)
+    assert {name: len(part.rows) for name, part in data.splits.items() if name != "other"} == {
+        name: len(part.rows) for name, part in plain.splits.items()
+    }
+    assert data.count("other") == 7
+    assert data.fingerprint != plain.fingerprint
+    assert data.retokenized(tokenizer()) is data
+    with pytest.raises(DataError, match=r"nowhere\.jsonl does not exist"):
+        open_rows(tmp_path, "feature-extraction", other=str(tmp_path / "nowhere.jsonl"))
+
+
 def test_caps_hold_and_capped_training_rows_are_drawn_at_random(tmp_path) -> None:
     caps = {"train_rows": 20, "validation_rows": 3, "test_rows": 2, "calibration_rows": 1}
     data = open_rows(tmp_path, "feature-extraction", **caps)

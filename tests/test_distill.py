@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import random
 
 import pytest
@@ -17,10 +18,11 @@ from compress.target import Target
 from compress.tasks import TASKS
 from passes.distillation import distill as module
 from passes.distillation.choice import Losses
-from passes.distillation.compare import Comparison
+from passes.distillation.compare import HEAD, Comparison
 from passes.distillation.distill import Distill
 from passes.distillation.finetune import Finetune
 from passes.distillation.losses import LOSSES
+from passes.distillation.monitor import hacked, label_loss
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 WORDS = tuple(f"word{number}" for number in range(40))
@@ -128,7 +130,8 @@ def test_each_loss_alone_recovers(tmp_path, name):
     prune(state, heads=1 + (name == "attention"))
     after = distill(state, losses={name: 1.0})
     assert after.figures["loss_after"] < after.figures["loss_before"]
-    assert set(after.figures["history"][-1]) == {"step", "loss", "validation", name}
+    heads = {"labels"} if LOSSES[name].reads & HEAD else set()
+    assert set(after.figures["history"][-1]) == {"step", "loss", "validation", name} | heads
 
 
 LEARNING = {"hidden": {"project": True}, "taid": {"weight": 2, "rise": 0.1}, "leaf": {"project": True}}
@@ -377,3 +380,30 @@ def test_finetuning_learns_the_task_and_makes_the_teacher(tmp_path, task):
 
 def test_the_passes_are_light_to_import():
     assert not hasattr(module, "torch")
+
+
+def test_a_student_that_learns_its_teachers_errors_is_told_of(tmp_path):
+    state = make_state(tmp_path, "text-classification")
+    with torch.no_grad():  # a student that knows nothing, and a teacher that knows the labels no better
+        state.model.classifier.weight.zero_()
+        state.model.classifier.bias.zero_()
+    after = distill(state, losses={"logits": 1.0})
+    history = after.figures["history"]
+    kept = next(entry for entry in history if entry["step"] == after.figures["best_step"])
+    with torch.no_grad():
+        found = label_loss(after.model.eval(), state.data.batches("validation", 16, seed=0))
+    assert (history[0]["labels"], kept["labels"]) == pytest.approx((math.log(2), found), rel=1e-4)
+    (told,) = after.figures["warnings"]
+    assert "while the loss on labels rose" in told
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [((3, 2, 1), False), ((3, 1, 2), True), ((1, 1.005, 1.005), False), ((1, 2, 3), True)],
+)
+def test_the_monitor_speaks_where_the_distance_falls_and_the_loss_on_labels_rises(labels, said):
+    history = [{"step": step, "validation": 3.0 - step, "labels": float(one)} for step, one in enumerate(labels)]
+    assert bool(hacked(history)) == said
+    assert not hacked([{"step": entry["step"], "validation": entry["validation"]} for entry in history])
+    # What came after the weights that are kept does no harm.
+    assert bool(hacked([*history, {"step": 9, "validation": 5.0, "labels": 99.0}])) == said

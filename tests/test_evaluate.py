@@ -19,7 +19,9 @@ from compress.evaluate.answers import answer_f1, best_span, exact_match
 from compress.evaluate.evaluation import MEASURED
 from compress.evaluate.measures import ALIKE
 from compress.evaluate.run import BINS, likeness, overconfidence
+from compress.evaluate.similarity import layer_similarity, linear_cka
 from compress.tasks import TASKS
+from tests.test_distill import make_state
 from tests.texts import model, sentences, tokenizer, write_lines
 
 TEXTS = sentences(60, seed=4)
@@ -51,7 +53,8 @@ CASES = {
     "classes": ("text-classification", {"label": "kind"}, {"num_labels": 3},
                 {"accuracy", "f1", "matthews", "calibration_error", *ALIKE}),
     "no labels": ("text-classification", {}, {"num_labels": 3}, {*ALIKE}),
-    "scores": ("text-classification", PAIRS, {"num_labels": 1}, {"spearman", "pearson", "teacher_pearson", "teacher_spearman"}),
+    "scores": ("text-classification", PAIRS, {"num_labels": 1},
+               {"spearman", "pearson", "teacher_pearson", "teacher_spearman"}),
     "tags": ("token-classification", {}, {"num_labels": 3}, {"f1", "accuracy", "calibration_error", *ALIKE}),
     "answers": ("question-answering", {}, {}, {"f1", "exact_match", *ALIKE}),
     "masked": ("fill-mask", {}, {}, {"perplexity", "calibration_error", *ALIKE}),
@@ -312,3 +315,26 @@ def test_loyalty_is_one_for_equal_and_nothing_for_disjoint_predictions() -> None
     assert (float(disjoint), float(equal)) == pytest.approx((0, 1), abs=1e-5)
     assert float(half) == pytest.approx(1 - math.sqrt(0.5), abs=1e-5)  # half of either is the other's: JS is half a bit
     assert likeness(one, other).loyalty.equal(likeness(other, one).loyalty)
+
+
+def test_cka_is_blind_to_rotation_scale_and_place_and_to_nothing_else() -> None:
+    draw = torch.Generator().manual_seed(0)
+    one, other = (torch.randn(200, width, generator=draw) for width in (6, 9))
+    turn, _ = torch.linalg.qr(torch.randn(6, 6, generator=draw))
+    assert linear_cka(one, one) == pytest.approx(1)
+    assert linear_cka(one, 3 * one @ turn + 5) == pytest.approx(1)
+    assert 0 < linear_cka(one, other) < 0.2
+    assert linear_cka(one, other) == pytest.approx(linear_cka(other, one))
+    assert linear_cka(one, one @ torch.diag(torch.tensor([9.0, 1, 1, 1, 1, 1]))) < 0.9
+    assert math.isnan(linear_cka(one, torch.ones(200, 3)))
+
+
+def test_blocks_are_compared_with_those_they_were(tmp_path) -> None:
+    state = make_state(tmp_path, "text-generation")
+    names = [f"model.layers.{number}" for number in range(3)]
+    assert layer_similarity(state) == pytest.approx(dict.fromkeys(names, 1.0))
+    state.drop("model.layers", [0, 2])
+    alike = layer_similarity(state)
+    assert list(alike) == [names[0], names[2]]
+    assert alike[names[0]] == pytest.approx(1)
+    assert alike[names[2]] < 0.999

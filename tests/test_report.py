@@ -157,6 +157,8 @@ def finetuned() -> dict[str, Any]:
     tuned = branch(
         "model", None, None, quality={"accuracy": 0.912}, quality_interval={"accuracy": [0.89, 0.93]}, axes=[]
     )
+    tuned |= {"quality_other": {"accuracy": 0.701}, "quality_other_interval": {"accuracy": [0.68, 0.72]}}
+    tuned |= {"layers": {"encoder.layer.0": 0.9871, "encoder.layer.1": None}}
     tuned |= {"quality_before_recovery": {}, "quality_before_recovery_interval": {}, "steps": tuned["steps"][2:]}
     tuned["steps"][0] |= {
         "pass": "finetune",
@@ -266,6 +268,7 @@ def test_page_and_text_tell_the_same(case: str, tmp_path: Path) -> None:
     for told in report.branches:
         expected += [told.name, wording.speed(told), wording.latency(told.milliseconds), *told.quality]
         expected += [one.sha256 for one in told.artifacts] + [one.reason for one in told.steps if one.reason]
+        expected += [wording.elsewhere(told, name) for name in told.quality_other] + list(wording.layers(told).values())
     for words in expected:
         assert words in seen
         assert words in read

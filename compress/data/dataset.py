@@ -14,9 +14,9 @@ import numpy as np
 
 from compress.data import sources
 from compress.data.labels import Labels, find_labels
-from compress.data.options import DataOptions
+from compress.data.options import SOURCES, DataOptions
 from compress.data.sources import Query, Row
-from compress.data.splits import SPLITS, split_rows
+from compress.data.splits import split_rows
 from compress.errors import DataError, nearest
 from compress.tasks import Task
 
@@ -44,7 +44,7 @@ class Split:
 
 @dataclass
 class Data:
-    """Four splits without a text in common: calibration, train, validation and test.
+    """Four splits without a text in common: calibration, train, validation and test; and `other`, where it is given.
 
     `fingerprint` is a SHA-256 of content, options, task and tokenizer: what a step computes from equal fingerprints
     is equal. `classes` tells class labels from scores, and is None where there are no labels.
@@ -72,7 +72,7 @@ class Data:
             )
         label = None if task.packs else label
         found = {}
-        for name in ("source", "validation", "test"):
+        for name in SOURCES:
             if getattr(options, name) is not None:
                 source, split = options.location(name)
                 found[name] = sources.read(source, Query(texts, label, options.config, split))
@@ -80,6 +80,8 @@ class Data:
         held = {name: held_rows for name, (held_rows, _) in found.items()}
         running = task.packs and sources.is_running(options.source)
         splits = split_rows(rows, held, options, running=running)
+        if "other" in held:
+            splits["other"] = held["other"][: options.test_rows]
         classes = label_kind(task, label, [*rows, *(row for part in held.values() for row in part)], options, names)
         length = min(options.max_length, tokenizer.model_max_length)
         encoder = Encoder(tokenizer, task.name, length, classes, running)
@@ -87,7 +89,7 @@ class Data:
             options=options,
             task=task,
             tokenizer=tokenizer,
-            splits={name: Split(splits[name], encoder) for name in SPLITS},
+            splits={name: Split(part, encoder) for name, part in splits.items()},
             classes=classes,
             fingerprint=fingerprint(options, tokenizer, task, {"source": rows, **held}),
         )
@@ -218,7 +220,7 @@ def fingerprint(
 ) -> str:
     """SHA-256 of everything that the batches depend on; where the sources lie is no part of it."""
     digest = hashlib.sha256()
-    chosen = options.model_dump(mode="json", exclude={"source", "validation", "test"})
+    chosen = options.model_dump(mode="json", exclude=set(SOURCES))
     running = sources.is_running(options.source)
     for part in (chosen, running, task.name, tokenizer_state(tokenizer)):
         digest.update(json.dumps(part, sort_keys=True).encode())

@@ -8,6 +8,7 @@ from compress.contract import Options
 from compress.data import sources
 from compress.errors import DataError, nearest
 
+SOURCES = ("source", "validation", "test", "other")
 COLUMNS = {
     "question-answering": (("question", "context"), "answers"),
     "token-classification": (("tokens",), "tags"),
@@ -21,6 +22,8 @@ class DataOptions(Options):
     .jsonl, .json, .csv or .tsv file, a folder saved by `datasets`, or the name of a dataset on the hub, whose `config`
     and `split` may be named. `validation` and `test` are other files, or for a dataset other splits of it; what is not
     given is held out of the source: `held_share` of its rows each, and no more than `validation_rows` and `test_rows`.
+    `other` is a source of another domain with the same columns, for scores beside those of the test: a model that only
+    learns the ways of its corpus gains on the one and loses on the other.
     `substitute` swaps words for random ones of the vocabulary, in each row of calibration and training a share between
     none and so many: for a teacher that is to be heard on more than the data speaks of.
     """
@@ -33,6 +36,7 @@ class DataOptions(Options):
     labels: tuple[str, ...] | None = Field(None, description="label names in the model's order; default: sorted")
     validation: str | None = Field(None, description="file, or split of the dataset, for validation")
     test: str | None = Field(None, description="file, or split of the dataset, for the final scores")
+    other: str | None = Field(None, description="file, folder or hub name of another domain, to score beside the test")
     max_length: int = Field(128, ge=8, description="tokens per row at most")
     train_rows: int | None = Field(None, ge=1, description="rows to train on at most")
     calibration_rows: int = Field(512, ge=1, description="rows for statistics at most")
@@ -53,7 +57,7 @@ class DataOptions(Options):
     def problems(self, task: str | None = None) -> list[str]:
         """Everything wrong that can be seen without loading: missing or empty files, unknown columns."""
         found = []
-        for name in ("source", "validation", "test"):
+        for name in SOURCES:
             if getattr(self, name) is None:
                 continue
             source, split = self.location(name)
@@ -66,10 +70,10 @@ class DataOptions(Options):
         return found
 
     def location(self, name: str) -> tuple[str, str]:
-        """The source and the split of it that `name` (source, validation or test) is read from."""
-        if name == "source":
-            return self.source, self.split
+        """The source and the split of it that `name`, one of SOURCES, is read from."""
         given = getattr(self, name)
+        if name in ("source", "other"):
+            return given, self.split
         return (self.source, given) if sources.is_dataset(self.source) else (given, self.split)
 
     def missing(self, known: tuple[str, ...] | None, source: str, task: str | None) -> list[str]:

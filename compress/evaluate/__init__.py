@@ -3,5 +3,6 @@
 from compress.evaluate.evaluation import evaluate, headline
 from compress.evaluate.run import embed
 from compress.evaluate.score import Score, bootstrap
+from compress.evaluate.similarity import layer_similarity
 
-__all__ = ["Score", "bootstrap", "embed", "evaluate", "headline"]
+__all__ = ["Score", "bootstrap", "embed", "evaluate", "headline", "layer_similarity"]

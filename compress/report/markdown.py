@@ -74,17 +74,23 @@ def quality(report: Report) -> str:
     """Every metric of every model, before and after recovery, with its interval."""
     names = wording.metrics(report)
     rows = [("dense", *(wording.scored(report.baseline, name) for name in names))]
+    if report.baseline.quality_other:
+        rows.append(("dense, other domain", *(wording.elsewhere(report.baseline, name) for name in names)))
     for branch in report.branches:
         if branch.quality_before_recovery:
             rows.append((f"{branch.name}, before recovery", *(wording.unrecovered(branch, name) for name in names)))
         rows.append((branch.name, *(wording.scored(branch, name) for name in names)))
+        if branch.quality_other:
+            rows.append((f"{branch.name}, other domain", *(wording.elsewhere(branch, name) for name in names)))
     return table(("model", *names), rows) if names else "Not measured."
 
 
 def survivors(branch: Branch) -> str:
     """Sizes of every axis of a branch."""
     rows = [(axis.name, f"{len(axis.kept)}", f"{axis.dense}", wording.fate(axis)) for axis in branch.axes]
-    return f"### {clean(branch.name)}\n\n{table(('axis', 'kept', 'dense', ''), rows)}"
+    sizes = f"### {clean(branch.name)}\n\n{table(('axis', 'kept', 'dense', ''), rows)}"
+    alike = table(("block", "output like the dense block's (CKA)"), wording.layers(branch).items())
+    return f"{sizes}\n\n{alike}" if branch.layers else sizes
 
 
 def timeline(branch: Branch) -> str:

@@ -94,6 +94,8 @@ class Measured(Record):
     timing: Timing | None = None
     quality: dict[str, float | None] = Field({}, description="metric -> value on held-out data")
     quality_interval: dict[str, Interval | None] = {}
+    quality_other: dict[str, float | None] = Field({}, description="the same on held-out data of another domain")
+    quality_other_interval: dict[str, Interval | None] = {}
     warnings: list[str] = Field([], description="doubts about the figures")
 
 
@@ -109,6 +111,11 @@ class Branch(Measured):
     cause: str | None = Field(None, description="why a promise was missed")
     quality_before_recovery: dict[str, float | None] = {}
     quality_before_recovery_interval: dict[str, Interval | None] = {}
+    quality_before_recovery_other: dict[str, float | None] = {}
+    quality_before_recovery_other_interval: dict[str, Interval | None] = {}
+    layers: dict[str, float | None] = Field(
+        {}, description="block, by its dense name -> linear CKA of its output with the dense block's; null: constant"
+    )
     artifacts: list[Artifact] = []
     steps: list[Step] = []
     axes: list[Axis] = []

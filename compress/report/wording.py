@@ -107,6 +107,16 @@ def unrecovered(branch: Branch, metric: str) -> str:
     return f"{figure(branch.quality_before_recovery.get(metric))} {interval(limits)}".rstrip()
 
 
+def elsewhere(model: Measured, metric: str) -> str:
+    """A metric of a model on data of another domain, with its interval."""
+    return f"{figure(model.quality_other.get(metric))} {interval(model.quality_other_interval.get(metric))}".rstrip()
+
+
+def layers(branch: Branch) -> dict[str, str]:
+    """How alike each block's output is to that of the dense block it was."""
+    return {name: "constant" if value is None else f"{value:.4f}" for name, value in branch.layers.items()}
+
+
 def fate(axis: Axis) -> str:
     """What happened to the axis, in a word or none: removed, whole, shared by blocks."""
     words = ["removed"] if not axis.kept else ["whole"] if len(axis.kept) == axis.dense else []

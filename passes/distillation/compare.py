@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import islice
@@ -25,6 +25,7 @@ from passes.distillation.choice import Losses
 from passes.distillation.heads import Tap, tap
 from passes.distillation.losses import Loss
 from passes.distillation.losses.base import Reads, Seen, Widths
+from passes.distillation.monitor import hacked, label_loss
 
 VALIDATION_ROWS = 512
 HEAD = Reads.PREDICTIONS | Reads.LABELS
@@ -142,7 +143,7 @@ class Comparison:
             recipe,
             folder=folder,
             total_steps=recipe.total_steps(data.count("train")),
-            validate=lambda: self.mean(islice(data.batches("validation", size, seed=0), max(1, rows // size))),
+            validate=lambda: self.judge(lambda: islice(data.batches("validation", size, seed=0), max(1, rows // size))),
             beside=self.beside,
             what=what,
         )
@@ -151,8 +152,16 @@ class Comparison:
             "losses": {name: loss.model_dump(exclude_defaults=True) for name, loss in self.chosen.items()},
             "loss_before": result.history[0]["validation"],
             "loss_after": result.best_score,
+            "warnings": hacked(result.history),
             **result.figures(),
         }
+
+    def judge(self, batches: Callable[[], Iterable[Mapping[str, Tensor]]]) -> dict[str, float]:
+        """What a validation tells: the losses and, where predictions are read of data with labels, that on labels."""
+        told = {"validation": self.mean(batches())}
+        if self.reads & HEAD and not next(iter(batches())).keys() <= self.inputs:
+            told["labels"] = label_loss(self.student, batches(), **self.extras)
+        return told
 
     def mean(self, batches: Iterable[Mapping[str, Tensor]]) -> float:
         """The sum of the weighted losses, averaged over the rows of some batches."""
