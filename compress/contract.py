@@ -70,6 +70,11 @@ class Pass(Options):
     together: ClassVar[bool] = False
 
     @property
+    def sources(self) -> tuple[str, ...]:
+        """Files, folders and hub names that it reads beside the plan's, whose content its result depends on."""
+        return ()
+
+    @property
     def branches(self) -> tuple[str, ...]:
         """Names of the models it yields, in order; the empty name says that the branch goes on as it was."""
         return ("",)

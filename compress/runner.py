@@ -82,7 +82,11 @@ class Run:
     def key(self, node: Node) -> str:
         """The content address of a node."""
         parents = [self.key(parent) for parent in node.parents] or [self.root_key]
-        return digest([node.step.key_material(), node.label, parents])
+        return digest([self.material(node), node.label, parents])
+
+    def material(self, node: Node) -> list[str]:
+        """What a node's result depends on beside its parents: its options, and the content of what they name."""
+        return [node.step.key_material(), *map(fingerprint, node.step.do.sources)]
 
     def folder(self, node: Node) -> Path:
         """Where a node's state is stored once it is finished."""
@@ -134,7 +138,7 @@ class Run:
     def _run(self, siblings: list[Node]) -> None:
         """Run one pass, storing each model it yields as it comes."""
         step, parents = siblings[0].step, siblings[0].parents
-        key = digest([step.key_material(), [self.key(parent) for parent in parents] or self.root_key])
+        key = digest([self.material(siblings[0]), [self.key(parent) for parent in parents] or self.root_key])
         state = self.state(parents[0] if parents else None)
         state.others = tuple(self.state(parent) for parent in parents[1:])
         state.workshop = Workshop(self.cache / "work" / key, self.cache)
@@ -169,12 +173,16 @@ def remembered(path: Path, compute: Callable[[], Any]) -> Any:
 
 
 def fingerprint(source: str) -> str:
-    """Hash of a local model's weights and config; a hub name stands for itself."""
-    folder = Path(source)
+    """Hash of a file, of a local model's weights and config, or of all in another folder; a hub name is itself."""
+    folder = Path(source).expanduser()
+    if folder.is_file():
+        with folder.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     if not folder.is_dir():
         return source
     whole = hashlib.sha256()
-    for path in sorted(path for pattern in WEIGHTS for path in folder.glob(pattern)):
+    weights = [path for pattern in WEIGHTS for path in folder.glob(pattern)]
+    for path in sorted(weights or (path for path in folder.rglob("*") if path.is_file())):
         with path.open("rb") as file:
             whole.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return whole.hexdigest()

@@ -41,11 +41,13 @@ class Workshop:
 class Teacher:
     """The dense model that recovery imitates and speed is compared with.
 
-    `source` is its folder or hub name; None as long as it is the model of a step that is not stored yet.
+    `source` is its folder or hub name; None as long as it is the model of a step that is not stored yet. Of a stranger
+    to the model compared with it the blocks are no `kin` to that one's, whatever their numbers.
     """
 
     source: str | None
     task: Task
+    kin: bool = True
 
     @cached_property
     def model(self) -> PreTrainedModel:

@@ -15,7 +15,7 @@ from compress.plan.graph import Node, contradictions, expand
 from compress.plan.reader import Tables, read_parts
 from compress.plan.source import Problem, Source, parse
 from compress.plan.steps import Export, Gradual, Step
-from compress.plan.world import locate, obstacles
+from compress.plan.world import locate, obstacles, stages
 from compress.target import Target
 
 
@@ -113,7 +113,7 @@ def _problems(parts: Mapping[str, Any], tables: Tables) -> list[Problem]:
     if not steps:
         return [*obstacles(parts), Problem(("passes",), "there is none; expected a list with at least one pass")]
     built = [Step(**step) if isinstance(step, dict) else step for step in steps]
-    return [*obstacles(parts), *contradictions(built, tables.passes)]
+    return [*obstacles(parts), *stages(built), *contradictions(built, tables.passes)]
 
 
 def _without_echo(told: Sequence[Problem], found: Sequence[Problem]) -> list[Problem]:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from compress.contract import Options
+from compress.data import DataOptions
 from compress.errors import CompressError, DataError, nearest
 from compress.families import FAMILIES
 from compress.plan.source import Problem
+from compress.plan.steps import Gradual, Step
 from compress.tasks import TASKS, find_model, infer_task
 
 PACKAGE = "package:"
@@ -45,6 +47,17 @@ def obstacles(parts: Mapping[str, Any]) -> list[Problem]:
         problems += [_placed("target", parts["target"], text) for text in parts["target"].problems(task)]
     if parts.get("out") is not None:
         problems += [Problem(("out",), text) for text in unusable(Path(os.path.expanduser(parts["out"])))]
+    return problems
+
+
+def stages(steps: Sequence[Step | Gradual]) -> list[Problem]:
+    """What is wrong with the data that steps bring of their own."""
+    problems = []
+    for index, step in enumerate(steps):
+        data = getattr(step.do, "data", None) if isinstance(step, Step) else None
+        if isinstance(data, DataOptions):
+            place = ("passes", index, step.name, "data")
+            problems += [Problem(place, text.removeprefix("data.")) for text in data.problems()]
     return problems
 
 

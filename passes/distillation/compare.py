@@ -26,6 +26,7 @@ from passes.distillation.heads import Tap, tap
 from passes.distillation.losses import Loss
 from passes.distillation.losses.base import Reads, Seen, Widths
 from passes.distillation.monitor import hacked, label_loss
+from passes.distillation.teachers import Ensemble
 
 VALIDATION_ROWS = 512
 HEAD = Reads.PREDICTIONS | Reads.LABELS
@@ -64,6 +65,10 @@ class Comparison:
         bare = self.state.task.name == "feature-extraction"
         if bare and loss.reads & HEAD:
             raise TrainingError(f"distill: loss '{name}' reads predictions, which feature-extraction has not")
+        if isinstance(self.state.dense.model, Ensemble) and loss.reads & (Reads.STATES | Reads.ATTENTION):
+            raise TrainingError(
+                f"distill: loss '{name}' looks into one teacher, and there are several; expected losses of predictions"
+            )
         if loss.same_width and not same_hidden_width(self.state):
             mine, theirs = width_of(self.state.model.config), width_of(self.state.dense.model.config)
             raise TrainingError(
@@ -181,6 +186,8 @@ class Comparison:
         """
         left = _origins(self.student.config, mine)
         right = list(_origins(self.teacher.config, theirs))
+        if not self.state.dense.kin or not set(left[:-1]) <= set(right):  # spread evenly
+            return [-(-(place + 1) * theirs // mine) - 1 for place in range(mine)]
         return [right.index(origin) for origin in left[:-1]] + [theirs - 1]
 
 

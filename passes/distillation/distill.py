@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from pydantic import Field, model_validator
 
 from compress.contract import TEACHER, Part, Pass
+from compress.data import DataOptions
+from compress.data.options import SOURCES
 from compress.recipe import TrainingOptions
 from passes.distillation.choice import Losses
 
@@ -26,9 +28,15 @@ class Distill(TrainingOptions, Pass):
     tables, and heads tied to them, stay as they are unless `embeddings` says otherwise or the width is another:
     nothing was cut from them, and they hold most parameters of a small model, so that a step without them takes about
     half the time.
+
+    Distill steps in a row are stages, each with its teacher, its data and its losses. Where a step follows several,
+    `after: [small, assistant]`, the first model learns from the others. `teachers` names further ones, `dense` among
+    them; several are one that predicts the mean of their predictions, which alone can be compared then. `data` is what
+    this stage learns from, if not the plan's.
     """
 
     version = 3
+    merges = True
 
     requires = frozenset({TEACHER})
     touches = Part.VALUES
@@ -42,6 +50,11 @@ class Distill(TrainingOptions, Pass):
         default=None, description="whether embedding tables are trained as well; left out, where their width was cut"
     )
     losses: Losses | None = Field(default=None, description="weight or options of each loss; left out, what fits")
+    teachers: tuple[str, ...] = Field(
+        default=(), description="folders or hub names of models with this one's tokens, or dense; left out, dense"
+    )
+    surest: bool = Field(default=False, description="whether of several teachers the surest of a row count most")
+    data: DataOptions | None = Field(default=None, description="texts for this stage; left out, the plan's")
     reference: str | None = Field(
         default=None, description="folder or hub name of a model like this that learned already, for losses with `keep`"
     )
@@ -54,8 +67,27 @@ class Distill(TrainingOptions, Pass):
             raise ValueError("no loss asks the reference; expected one with keep below 1, such as logits: {keep: 0.4}")
         return self
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The models and the texts that this stage reads beside the plan's."""
+        data = [self.data.location(name)[0] for name in SOURCES if getattr(self.data, name)] if self.data else []
+        return tuple(name for name in (self.reference, *self.teachers, *data) if name and name != "dense")
+
     def run(self, state: State) -> Iterator[State]:
         """Yield the state with the weights of the lowest validation loss."""
+        from compress.data import Data
+        from passes.distillation.teachers import taught_by
+
+        data = state.data
+        if self.data is not None:
+            state.data = Data.open(self.data, data.tokenizer, state.task)
+        with taught_by(state, self.teachers, self.surest):
+            self.recover(state)
+        state.data = data
+        yield state
+
+    def recover(self, state: State) -> None:
+        """Train the state's model towards its teacher."""
         from passes.distillation.compare import Comparison, same_hidden_width
 
         sample = next(iter(state.data.batches("train", 1)), {})
@@ -65,7 +97,6 @@ class Distill(TrainingOptions, Pass):
         compare = Comparison(losses, state, self.reference)
         with nullcontext() if tables_too else still_tables(compare.student):
             state.figures |= compare.train(self, state.workshop.step, "distill", self.validation_rows)
-        yield state
 
 
 @contextmanager

@@ -1,0 +1,109 @@
+"""Teachers: whom a stage of recovery learns from, where that is not the dense model, and what several say together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+from transformers.utils import ModelOutput
+
+from compress.contract import VOCABULARY
+from compress.errors import TrainingError
+from compress.families import layout_of
+from compress.state import State, Teacher
+
+DENSE = "dense"
+PREDICTED = ("logits", "start_logits", "end_logits")
+
+
+class Ensemble(nn.Module):
+    """Several models as one: its predictions are the mean of theirs, probabilities and not logits being averaged.
+
+    Where the `surest` count most, each row's weights are ``softmax(-entropy)`` of what the models predict of it. All
+    else is the first model's.
+    """
+
+    def __init__(self, models: Sequence[nn.Module], surest: bool = False) -> None:
+        super().__init__()
+        self.models, self.surest = nn.ModuleList(models), surest
+
+    @property
+    def config(self) -> Any:
+        """The config of the first."""
+        return self.models[0].config
+
+    def forward(self, **inputs: Any) -> ModelOutput:
+        """The outputs of the first, with the predictions of all."""
+        outputs = [model(**inputs) for model in self.models]
+        for name in PREDICTED:
+            if name in outputs[0]:
+                outputs[0][name] = mixture([one[name] for one in outputs], self.surest)
+        return outputs[0]
+
+
+def mixture(logits: Sequence[Tensor], surest: bool = False) -> Tensor:
+    """Logits (..., classes) whose softmax is the mean of the others'; of a single class, a score, the mean itself."""
+    together = torch.stack([one.float() for one in logits])
+    if together.shape[-1] == 1:
+        return together.mean(0)
+    logs = together.log_softmax(-1)
+    weights = logs.new_zeros(logs.shape[:-1])
+    if surest:
+        weights = (logs.exp() * logs).sum(-1)  # minus the entropy
+    return (logs + weights.log_softmax(0)[..., None]).logsumexp(0)
+
+
+@contextmanager
+def taught_by(state: State, sources: Sequence[str], surest: bool = False) -> Iterator[None]:
+    """Inside, the model learns from those of `sources` (folders or hub names, `dense`) and of the state's `others`.
+
+    With none of either it learns from the dense model, as ever. What one of `others` has for its dense model, which a
+    fine-tuned one is itself, is afterwards this model's as well, if it has the same layout. Raises TrainingError where
+    a teacher reads other tokens, or where of one the surest shall count.
+    """
+    if not sources and not state.others:
+        yield
+        return
+    teachers: list[Any] = [_from(state, source) for source in sources]
+    kin = all(layout_of(one).stacks == layout_of(state.dense.model).stacks for one in teachers)
+    for other in state.others:
+        _same_tokens(state, other.tokenizer, "the model of the step that it follows")
+        teachers.append(other.model.eval().requires_grad_(False))
+    if surest and len(teachers) == 1:
+        raise TrainingError("distill: there is one teacher; expected several, of which the surest count most")
+    dense, facts, kept = state.dense, state.facts, state.kept
+    for other in state.others:
+        if layout_of(other.dense.model) == layout_of(dense.model):
+            dense = other.dense
+    state.dense = Teacher(None, state.task, kin)
+    vars(state.dense)["model"] = teachers[0] if len(teachers) == 1 else Ensemble(teachers, surest)
+    state.facts = {name: value for name, value in state.facts.items() if name != VOCABULARY.name}
+    state.kept = {}  # these were the dense model's units
+    try:
+        yield
+    finally:
+        state.dense, state.facts, state.kept = dense, facts, kept
+
+
+def _from(state: State, source: str) -> nn.Module:
+    """The model of a source; the dense one has the tokens that are left."""
+    if source == DENSE:
+        return state.teacher
+    model = state.task.load(source).eval().requires_grad_(False)
+    _same_tokens(state, AutoTokenizer.from_pretrained(source), source)
+    return model
+
+
+def _same_tokens(state: State, tokenizer: Any, who: str) -> None:
+    """Raise TrainingError unless a tokenizer has the vocabulary of the state's."""
+    mine, theirs = (None if one is None else one.get_vocab() for one in (state.tokenizer, tokenizer))
+    if mine != theirs:
+        counts = [0 if one is None else len(one) for one in (mine, theirs)]
+        raise TrainingError(
+            f"distill: {who} reads other tokens, {counts[1]} of them and {counts[0]} here; expected a teacher with the "
+            "tokenizer of this model"
+        )
