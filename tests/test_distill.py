@@ -138,7 +138,12 @@ LEARNING = {"hidden": {"project": True}, "taid": {"weight": 2, "rise": 0.1}, "le
 
 
 @pytest.mark.parametrize(
-    "options", [{"dropout": True}, {"losses": LEARNING, "average": 0.9, "recompute": True, "embeddings": True}]
+    "options",
+    [
+        {"dropout": True},
+        {"losses": LEARNING, "average": 0.9, "recompute": True, "embeddings": True},
+        {"lora": {"rank": 2}, "losses": LEARNING, "average": 0.9},
+    ],
 )
 def test_a_killed_recovery_resumes_to_the_same_bits(tmp_path, monkeypatch, options):
     def pruned(folder):

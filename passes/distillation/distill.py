@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
 
-from compress.contract import TEACHER, Part, Pass
+from compress.contract import TEACHER, Options, Part, Pass
 from compress.data import DataOptions
 from compress.data.options import SOURCES
 from compress.recipe import TrainingOptions
@@ -18,6 +18,13 @@ if TYPE_CHECKING:
     from torch import nn
 
     from compress.state import State
+
+
+class Lora(Options):
+    """Low-rank adapters, which alone are trained and are part of the weights afterwards; LoRA, arXiv:2106.09685."""
+
+    rank: int = Field(default=16, ge=1, description="of each layer's adapter")
+    alpha: float = Field(default=32.0, gt=0, description="over the rank it is what an adapter counts")
 
 
 class Distill(TrainingOptions, Pass):
@@ -33,6 +40,9 @@ class Distill(TrainingOptions, Pass):
     `after: [small, assistant]`, the first model learns from the others. `teachers` names further ones, `dense` among
     them; several are one that predicts the mean of their predictions, which alone can be compared then. `data` is what
     this stage learns from, if not the plan's.
+
+    With `lora` every linear layer has a low-rank adapter, and they alone are trained, in little memory: LLM-Neo (Yang
+    et al., arXiv:2411.06839).
     """
 
     version = 3
@@ -49,6 +59,7 @@ class Distill(TrainingOptions, Pass):
     embeddings: bool | None = Field(
         default=None, description="whether embedding tables are trained as well; left out, where their width was cut"
     )
+    lora: Lora | None = Field(default=None, description="train low-rank adapters alone, and merge them at the end")
     losses: Losses | None = Field(default=None, description="weight or options of each loss; left out, what fits")
     teachers: tuple[str, ...] = Field(
         default=(), description="folders or hub names of models with this one's tokens, or dense; left out, dense"
@@ -65,6 +76,8 @@ class Distill(TrainingOptions, Pass):
         losses = self.losses.chosen().values() if self.losses else ()
         if self.reference and not any(getattr(loss, "keep", 1) < 1 for loss in losses):
             raise ValueError("no loss asks the reference; expected one with keep below 1, such as logits: {keep: 0.4}")
+        if self.lora and self.embeddings:
+            raise ValueError("with lora no embedding table is trained; expected embeddings to be left out")
         return self
 
     @property
@@ -95,8 +108,22 @@ class Distill(TrainingOptions, Pass):
         losses = self.losses or Losses.fitting(state.task, labelled, same_width)
         tables_too = not same_width if self.embeddings is None else self.embeddings
         compare = Comparison(losses, state, self.reference)
-        with nullcontext() if tables_too else still_tables(compare.student):
-            state.figures |= compare.train(self, state.workshop.step, "distill", self.validation_rows)
+        with self.limited(compare.student, tables_too) as skipped:
+            trained = sum(one.numel() for one in compare.student.parameters() if one.requires_grad)
+            told = compare.train(self, state.workshop.step, "distill", self.validation_rows)
+        state.figures |= {**told, "trained_parameters": trained, "skipped": skipped}
+
+    @contextmanager
+    def limited(self, student: nn.Module, tables_too: bool) -> Iterator[dict[str, str]]:
+        """Inside, what the options leave out of training stays as it is; yields the layers that can't be adapted."""
+        from passes.distillation.adapters import adapted
+
+        if self.lora:
+            with adapted(student, self.lora.rank, self.lora.alpha, self.seed) as skipped:
+                yield skipped
+            return
+        with nullcontext() if tables_too else still_tables(student):
+            yield {}
 
 
 @contextmanager
