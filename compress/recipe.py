@@ -48,6 +48,9 @@ class TrainingOptions(Options):
     recompute: bool = Field(
         default=False, description="whether the backward pass computes blocks anew: slower, in far less memory"
     )
+    shard: bool = Field(
+        default=False, description="whether each of several processes holds a share of the weights alone (FSDP2)"
+    )
     dropout: bool = Field(default=True, description="whether the model's dropout is on")
     validate_every: int | None = Field(default=None, ge=1, description="updates between validations")
     checkpoint_every: int | None = Field(default=None, ge=1, description="updates between checkpoints")

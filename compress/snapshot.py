@@ -14,6 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from compress.errors import TrainingError
+from compress.processes import leads
+from compress.shares import like, whole
 
 Weights = dict[str, Tensor]
 
@@ -51,19 +53,25 @@ def put_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Copy weights into a model in place."""
     held = dict(model.named_parameters()) | dict(model.named_buffers())
     for name, tensor in weights.items():
-        held[name].copy_(tensor)
+        held[name].copy_(like(tensor, held[name]))
 
 
 def write(
     path: Path, identity: str, progress: Progress, parts: Mapping[str, Weights], optimizer: torch.optim.Optimizer
 ) -> None:
-    """Write a checkpoint, its parts the `weights`, the `best` ones and their `average`.
+    """Write a checkpoint, its parts the `weights`, the `best` ones and their `average`; the main process does.
 
-    A kill leaves the one before or this one, never half of it.
+    A kill leaves the one before or this one, never half of it. Where processes hold shares all of them have to call.
     """
-    tensors = {f"{part}.{name}": tensor for part, weights in parts.items() for name, tensor in weights.items()}
-    for index, moments in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": tensor.contiguous() for name, tensor in moments.items()}
+    moments = {f"optimizer.{index}": found for index, found in optimizer.state_dict()["state"].items()}
+    tensors = {}
+    for part, held in {**parts, **moments}.items():
+        for name, tensor in held.items():
+            gathered = whole(tensor)
+            if leads():
+                tensors[f"{part}.{name}"] = gathered.contiguous()
+    if not leads():
+        return
     unfinished = path.with_suffix(".unfinished")
     unfinished.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, unfinished, {"identity": identity, "progress": json.dumps(asdict(progress))})
@@ -91,5 +99,12 @@ def read(
         index, _, moment = name.partition(".")
         moments.setdefault(int(index), {})[moment] = tensor
     put_weights(model, parts["weights"])
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-    return Progress(**json.loads(header["progress"])), parts["best"], parts["average"]
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = {
+        index: {name: like(one, trained[index]) if one.ndim else one for name, one in found.items()}
+        for index, found in moments.items()
+    }
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    held = dict(model.named_parameters()) | dict(model.named_buffers())
+    best, average = ({name: like(one, held[name]) for name, one in parts[part].items()} for part in ("best", "average"))
+    return Progress(**json.loads(header["progress"])), best, average

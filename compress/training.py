@@ -22,6 +22,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import broadcast, send_to_device
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from compress import snapshot
 from compress.doctor import bf16_pays
@@ -30,6 +31,7 @@ from compress.processes import on_cpu
 from compress.progress import track
 from compress.recipe import TrainingOptions
 from compress.recompute import recomputed
+from compress.shares import clip_, shared
 from compress.snapshot import Progress, put_weights, weights_of
 
 Batch = Mapping[str, Tensor]
@@ -91,10 +93,12 @@ def train(
     if not trained:
         raise TrainingError(f"{what}: no parameter of the model requires a gradient; expected at least one")
     home, mode = trained[0].device, model.training
+    several = options.together and options.shard and accelerator().num_processes > 1
     with torch.random.fork_rng(), recomputed(model) if options.recompute else nullcontext():
         try:
-            run = _Run(model, beside or Beside(), options, folder / CHECKPOINT, total_steps, what)
-            progress = run.go(batches, loss, validate)
+            with shared(model, accelerator().device) if several else nullcontext():
+                run = _Run(model, beside or Beside(), options, folder / CHECKPOINT, total_steps, what)
+                progress = run.go(batches, loss, validate)
         finally:
             model.__dict__.pop("_is_accelerate_prepared", None)  # accelerate would not take the model a second time
             model.to(home).train(mode)
@@ -108,9 +112,7 @@ class _Run:
     def __init__(
         self, model: nn.Module, beside: Beside, options: TrainingOptions, path: Path, total: int | None, what: str
     ) -> None:
-        # Parameters that the loss does not reach (a pooler, say) would stall distributed training otherwise.
-        handler = DistributedDataParallelKwargs(find_unused_parameters=True)
-        self.accelerator = Accelerator(cpu=on_cpu(), mixed_precision="no", kwargs_handlers=[handler])
+        self.accelerator = accelerator()
         self.processes = self.accelerator.num_processes if options.together else 1
         if options.accumulate % self.processes:
             raise TrainingError(
@@ -120,7 +122,9 @@ class _Run:
         self.beside, self.options, self.path, self.total, self.what = beside, options, path, total, what
         self.held = nn.ModuleDict({"model": model, "beside": beside})  # all that is trained
         self.device = self.accelerator.device
-        self.model = self.accelerator.prepare_model(model) if options.together else model.to(self.device)
+        self.shared = options.shard and self.processes > 1
+        whole = self.shared or not options.together
+        self.model = model.to(self.device) if whole else self.accelerator.prepare_model(model)
         self.beside.to(self.device)
         self.optimizer = _optimizer(self.held, options)
         self.bfloat16 = options.precision == "bfloat16" or (options.precision == "auto" and bf16_pays())
@@ -129,7 +133,8 @@ class _Run:
         self.average: snapshot.Weights = weights_of(self.held, buffers=False) if options.average else {}
         self.settled = True  # False while weights and progress may disagree
         shapes = [(name, tuple(parameter.shape)) for name, parameter in self.held.named_parameters()]
-        self.identity = hashlib.sha256(repr((options.model_dump(), total, shapes)).encode()).hexdigest()
+        recipe = options.model_dump(exclude={"shard"})  # whole or in shares, it is one run
+        self.identity = hashlib.sha256(repr((recipe, total, shapes)).encode()).hexdigest()
         if path.exists():
             self.progress, self.best, self.average = snapshot.read(path, self.identity, self.held, self.optimizer)
         self.started = time.monotonic() - self.progress.seconds
@@ -146,12 +151,12 @@ class _Run:
                 self.step(stream, loss)
                 if validate and self.due(before, self.share(self.progress.step)):
                     self.judge(validate)
-                every, waited = self.options.checkpoint_every, time.monotonic() - saved
+                every, waited = self.options.checkpoint_every, self.agree(time.monotonic() - saved)
                 if self.progress.step % every == 0 if every else waited > CHECKPOINT_SECONDS:
                     self.save()
                     saved = time.monotonic()
         except KeyboardInterrupt:
-            if self.settled:
+            if self.settled and not self.shared:  # shares can be gathered where all processes stand at one step
                 self.save()
             raise
         if validate and self.progress.history[-1]["step"] != self.progress.step:
@@ -221,8 +226,8 @@ class _Run:
             sums = {name: sums.get(name, 0.0) + value for name, value in values.items()}
         sums = self.gather(sums)
         if options.clip:
-            norm = self.accelerator.clip_grad_norm_(self.held.parameters(), options.clip)
-            self.check({"norm of the gradient": float(norm)}, rate)
+            norm = self.clip(options.clip)
+            self.check({"norm of the gradient": norm}, rate)
         self.settled = False
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -231,6 +236,12 @@ class _Run:
         progress.since, progress.last_loss = progress.since + options.accumulate, values["loss"]
         self.follow()
         self.settled = True
+
+    def clip(self, most: float) -> float:
+        """Scale the gradients down to a norm; return the one they had."""
+        if self.shared:
+            return clip_(self.held["model"], self.beside, most)
+        return float(self.accelerator.clip_grad_norm_(self.held.parameters(), most))
 
     def gather(self, sums: dict[str, float]) -> dict[str, float]:
         """Add up the losses of all processes, and bring what is beside the model, not wrapped for it, to one gradient.
@@ -297,20 +308,29 @@ class _Run:
         progress.sums, progress.since, progress.gainless = {}, 0, 0 if gained else progress.gainless + 1
 
     def save(self) -> None:
-        """Write the checkpoint; the main process does."""
+        """Write the checkpoint."""
         self.progress.seconds = time.monotonic() - self.started
-        if self.accelerator.is_main_process:
-            parts = {"weights": weights_of(self.held), "best": self.best, "average": self.average}
-            snapshot.write(self.path, self.identity, self.progress, parts, self.optimizer)
+        parts = {"weights": weights_of(self.held), "best": self.best, "average": self.average}
+        snapshot.write(self.path, self.identity, self.progress, parts, self.optimizer)
+
+
+def accelerator() -> Accelerator:
+    """What knows of devices and processes."""
+    # Parameters that the loss does not reach (a pooler, say) would stall distributed training otherwise.
+    handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+    return Accelerator(cpu=on_cpu(), mixed_precision="no", kwargs_handlers=[handler])
 
 
 def _optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.Optimizer:
     """AdamW that lets vectors (biases and norms) be when it decays weights."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    matrices = {"params": [one for one in trained if one.ndim >= 2], "weight_decay": options.weight_decay}
-    vectors = {"params": [one for one in trained if one.ndim < 2], "weight_decay": 0.0}
-    groups = [group for group in (matrices, vectors) if group["params"]]
-    return torch.optim.AdamW(groups, lr=options.learning_rate, fused=True)
+    matrices, vectors = ([one for one in trained if (one.ndim >= 2) == wide] for wide in (True, False))
+    groups = [
+        {"params": [one for one in kind if isinstance(one, DTensor) == share], "weight_decay": decay}
+        for kind, decay in ((matrices, options.weight_decay), (vectors, 0.0))
+        for share in (True, False)  # shares of weights, which are the model's, and tensors don't go together
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=options.learning_rate, fused=True)
 
 
 def _seed(*parts: int) -> int:

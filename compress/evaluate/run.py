@@ -95,7 +95,7 @@ def inference(model: PreTrainedModel) -> Iterator[None]:
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # inference mode would mark what a model in shares gathers, and trains by next
             yield
     finally:
         for module, mode in training.items():
