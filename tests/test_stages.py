@@ -16,7 +16,7 @@ from passes import PASSES
 from passes.distillation.choice import Losses
 from passes.distillation.compare import Comparison
 from passes.distillation.distill import Distill
-from passes.distillation.teachers import Ensemble, mixture, taught_by
+from passes.distillation.teachers import Ensemble, mean, shift, taught_by
 from tests.test_distill import distill, make_state, prune
 from tests.world import make_world
 
@@ -86,20 +86,20 @@ def test_the_fine_tuned_teacher_becomes_the_dense_model(tmp_path):
 
 def test_several_teachers_predict_the_mean_of_their_predictions(tmp_path):
     one, other = (torch.randn(3, 4, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
-    mean = (one.softmax(-1) + other.softmax(-1)) / 2
-    torch.testing.assert_close(mixture([one, other]).softmax(-1), mean)
-    torch.testing.assert_close(mixture([one, one, one]).softmax(-1), one.softmax(-1))
+    half = (one.softmax(-1) + other.softmax(-1)) / 2
+    torch.testing.assert_close(mean([one, other]).softmax(-1), half)
+    torch.testing.assert_close(mean([one, one, one]).softmax(-1), one.softmax(-1))
     sure = torch.tensor([[30.0, 0, 0, 0]])
-    weighed = mixture([sure, torch.zeros(1, 4)], surest=True).softmax(-1)
+    weighed = mean([sure, torch.zeros(1, 4)], surest=True).softmax(-1)
     assert float(weighed[0, 0]) == pytest.approx(0.8 + 0.2 * 0.25, rel=1e-4)  # entropies 0 and log 4: 4 to 1
-    torch.testing.assert_close(mixture([one[:, :1], other[:, :1]]), (one[:, :1] + other[:, :1]) / 2)
+    torch.testing.assert_close(mean([one[:, :1], other[:, :1]]), (one[:, :1] + other[:, :1]) / 2)
     state = make_state(tmp_path, "text-classification")
     batch = next(iter(state.data.batches("train", 4)))
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     both = [state.dense.model, stranger(state).model.eval()]
     with torch.no_grad():
-        each, all_of_them = [model(**inputs).logits for model in both], Ensemble(both)(**inputs).logits
-    torch.testing.assert_close(all_of_them, mixture(each))
+        each, all_of_them = [model(**inputs).logits for model in both], Ensemble(both, mean)(**inputs).logits
+    torch.testing.assert_close(all_of_them, mean(each))
 
 
 def test_several_teachers_teach_by_predictions_alone(tmp_path):
@@ -107,12 +107,38 @@ def test_several_teachers_teach_by_predictions_alone(tmp_path):
     prune(state)
     before = state.branch()
     before.others = state.others = (stranger(state),)
-    after = distill(state, losses={"logits": 1.0}, teachers=("dense",), surest=True)
+    after = distill(state, losses={"logits": 1.0}, teachers=("dense",), combine="surest")
     assert after.figures["loss_after"] < after.figures["loss_before"]
     with pytest.raises(TrainingError, match="loss 'hidden' looks into one teacher, and there are several"):
         distill(before, teachers=("dense",))
-    with pytest.raises(TrainingError, match="there is one teacher; expected several"):
-        distill(before, surest=True)
+    with pytest.raises(TrainingError, match="1 teachers to combine by surest; expected several"):
+        distill(before, combine="surest")
+    with pytest.raises(TrainingError, match="1 teachers to combine by shift; expected two"):
+        distill(before, combine="shift")
+
+
+def test_a_student_shifts_as_its_teacher_has(tmp_path):
+    after, before, base = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(shift([after, before, base]) - base, after - before)
+    torch.testing.assert_close(shift([after, before, before]), after)
+    state = make_state(tmp_path, "text-classification")
+    prune(state)
+    state.others = (stranger(state), stranger(state))  # that has not changed
+    still = distill(state, losses={"logits": 1.0}, combine="shift", steps=2)
+    assert still.figures["loss_before"] == pytest.approx(0, abs=1e-6)
+    first, second = stranger(state), stranger(state)
+    with torch.no_grad():
+        first.model.classifier.bias.add_(torch.tensor([2.0, 0.0]))
+    state.others = (first, second)
+    batch = next(iter(state.data.batches("validation", 8)))
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        started = state.model.eval()(**inputs).logits
+    distill(state, losses={"logits": 1.0}, combine="shift")
+    with torch.no_grad():
+        moved = state.model.eval()(**inputs).logits
+    gained = (moved - started)[:, 0] - (moved - started)[:, 1]
+    assert gained.mean() == pytest.approx(2, abs=0.5)
 
 
 def test_a_teacher_with_other_tokens_is_refused(tmp_path):

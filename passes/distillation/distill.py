@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
@@ -38,8 +38,9 @@ class Distill(TrainingOptions, Pass):
 
     Distill steps in a row are stages, each with its teacher, its data and its losses. Where a step follows several,
     `after: [small, assistant]`, the first model learns from the others. `teachers` names further ones, `dense` among
-    them; several are one that predicts the mean of their predictions, which alone can be compared then. `data` is what
-    this stage learns from, if not the plan's.
+    them, that come before those. Several are one, of which predictions alone can be compared: the mean of theirs, or
+    with `combine: shift` those of the student as it came, shifted as the first teacher is from the second, such as a
+    fine-tuned one from what it was before. `data` is what this stage learns from, if not the plan's.
 
     With `lora` every linear layer has a low-rank adapter, and they alone are trained, in little memory: LLM-Neo (Yang
     et al., arXiv:2411.06839).
@@ -64,7 +65,10 @@ class Distill(TrainingOptions, Pass):
     teachers: tuple[str, ...] = Field(
         default=(), description="folders or hub names of models with this one's tokens, or dense; left out, dense"
     )
-    surest: bool = Field(default=False, description="whether of several teachers the surest of a row count most")
+    combine: Literal["mean", "surest", "shift"] = Field(
+        default="mean",
+        description="how several teachers are one: their mean, the surest of a row counting most, a shift",
+    )
     data: DataOptions | None = Field(default=None, description="texts for this stage; left out, the plan's")
     reference: str | None = Field(
         default=None, description="folder or hub name of a model like this that learned already, for losses with `keep`"
@@ -94,7 +98,7 @@ class Distill(TrainingOptions, Pass):
         data = state.data
         if self.data is not None:
             state.data = Data.open(self.data, data.tokenizer, state.task)
-        with taught_by(state, self.teachers, self.surest):
+        with taught_by(state, self.teachers, self.combine):
             self.recover(state)
         state.data = data
         yield state

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,53 +19,67 @@ from compress.families import layout_of
 from compress.state import State, Teacher
 
 DENSE = "dense"
+Rule = Callable[[Sequence[Tensor]], Tensor]
 PREDICTED = ("logits", "start_logits", "end_logits")
 
 
 class Ensemble(nn.Module):
-    """Several models as one: its predictions are the mean of theirs, probabilities and not logits being averaged.
+    """Several models as one: its predictions are what `rule` makes of their logits, all else is the first model's."""
 
-    Where the `surest` count most, each row's weights are ``softmax(-entropy)`` of what the models predict of it. All
-    else is the first model's.
-    """
-
-    def __init__(self, models: Sequence[nn.Module], surest: bool = False) -> None:
+    def __init__(self, models: Sequence[nn.Module], rule: Rule) -> None:
         super().__init__()
-        self.models, self.surest = nn.ModuleList(models), surest
+        self.models, self.rule = nn.ModuleList(models), rule
 
     @property
     def config(self) -> Any:
         """The config of the first."""
         return self.models[0].config
 
+    def get_output_embeddings(self) -> None:
+        """None: what it predicts is no one head's."""
+
     def forward(self, **inputs: Any) -> ModelOutput:
         """The outputs of the first, with the predictions of all."""
         outputs = [model(**inputs) for model in self.models]
         for name in PREDICTED:
             if name in outputs[0]:
-                outputs[0][name] = mixture([one[name] for one in outputs], self.surest)
+                outputs[0][name] = self.rule([one[name].float() for one in outputs])
         return outputs[0]
 
 
-def mixture(logits: Sequence[Tensor], surest: bool = False) -> Tensor:
-    """Logits (..., classes) whose softmax is the mean of the others'; of a single class, a score, the mean itself."""
-    together = torch.stack([one.float() for one in logits])
+def mean(logits: Sequence[Tensor], surest: bool = False) -> Tensor:
+    """Logits (..., classes) whose softmax is the mean of the others'; of a single class, a score, the mean itself.
+
+    Where the `surest` count most, a row's weights are ``softmax(-entropy)`` of what is predicted of it.
+    """
+    together = torch.stack(list(logits))
     if together.shape[-1] == 1:
         return together.mean(0)
     logs = together.log_softmax(-1)
-    weights = logs.new_zeros(logs.shape[:-1])
-    if surest:
-        weights = (logs.exp() * logs).sum(-1)  # minus the entropy
+    weights = (logs.exp() * logs).sum(-1) if surest else logs.new_zeros(logs.shape[:-1])
     return (logs + weights.log_softmax(0)[..., None]).logsumexp(0)
 
 
+def shift(logits: Sequence[Tensor]) -> Tensor:
+    """``third + first - second``: what a model would predict that changed as the first has from the second.
+
+    Proxy tuning (Liu et al., arXiv:2401.08565), here a goal for the third itself, as in Delta-KD (Cao et al.,
+    arXiv:2509.14526).
+    """
+    after, before, base = logits
+    return base + after - before
+
+
+RULES: dict[str, Rule] = {"mean": mean, "surest": partial(mean, surest=True), "shift": shift}
+
+
 @contextmanager
-def taught_by(state: State, sources: Sequence[str], surest: bool = False) -> Iterator[None]:
+def taught_by(state: State, sources: Sequence[str], combine: str = "mean") -> Iterator[None]:
     """Inside, the model learns from those of `sources` (folders or hub names, `dense`) and of the state's `others`.
 
     With none of either it learns from the dense model, as ever. What one of `others` has for its dense model, which a
     fine-tuned one is itself, is afterwards this model's as well, if it has the same layout. Raises TrainingError where
-    a teacher reads other tokens, or where of one the surest shall count.
+    a teacher reads other tokens, or where there are not as many as are combined.
     """
     if not sources and not state.others:
         yield
@@ -73,14 +89,17 @@ def taught_by(state: State, sources: Sequence[str], surest: bool = False) -> Ite
     for other in state.others:
         _same_tokens(state, other.tokenizer, "the model of the step that it follows")
         teachers.append(other.model.eval().requires_grad_(False))
-    if surest and len(teachers) == 1:
-        raise TrainingError("distill: there is one teacher; expected several, of which the surest count most")
+    if combine == "shift":
+        teachers.append(copy.deepcopy(state.model).eval().requires_grad_(False))
+    if len(teachers) != 3 if combine == "shift" else combine == "surest" and len(teachers) < 2:
+        met, expected = (len(teachers) - 1, "two") if combine == "shift" else (1, "several")
+        raise TrainingError(f"distill: {met} teachers to combine by {combine}; expected {expected}")
     dense, facts, kept = state.dense, state.facts, state.kept
     for other in state.others:
         if layout_of(other.dense.model) == layout_of(dense.model):
             dense = other.dense
     state.dense = Teacher(None, state.task, kin)
-    vars(state.dense)["model"] = teachers[0] if len(teachers) == 1 else Ensemble(teachers, surest)
+    vars(state.dense)["model"] = teachers[0] if len(teachers) == 1 else Ensemble(teachers, RULES[combine])
     state.facts = {name: value for name, value in state.facts.items() if name != VOCABULARY.name}
     state.kept = {}  # these were the dense model's units
     try:
