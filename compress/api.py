@@ -14,7 +14,7 @@ from compress.contract import Options
 from compress.data import DataOptions
 from compress.errors import DataError, PlanError
 from compress.plan import Plan, Tables
-from compress.progress import hushed
+from compress.progress import console, hushed
 from compress.target import Target
 
 if TYPE_CHECKING:
@@ -98,6 +98,7 @@ def compress(
     from passes import PASSES
 
     package.check_installation()
+    console.quiet = not leads()  # of several processes one tells how far they are
     started = time.monotonic()
     if (plan is None) == (speedup is None):
         raise PlanError(["compress(): expected either plan= or speedup="])

@@ -1,6 +1,7 @@
 """Stages of a recovery: each step has its teacher, one or several, and its texts."""
 
 import copy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import yaml
 from compress import compress
 from compress.errors import TrainingError
 from compress.plan import Plan, Tables
+from compress.runner import Run
 from compress.state import State
 from exporters import EXPORTERS
 from passes import PASSES
@@ -221,3 +223,22 @@ def test_the_shipped_stages_run(tmp_path, monkeypatch, name):
     assert len(tuned) == 1
     last = [node for node in tuned[0].parent.iterdir() if f"{tuned[0].name}/model" in (node / "state.json").read_text()]
     assert len(last) >= 2  # those that learnt from the fine-tuned model have it for the dense one
+
+
+def test_what_a_stage_reads_beside_the_plan_is_part_of_its_key(tmp_path):
+    make_world(tmp_path)
+    own, teacher = tmp_path / "own.txt", tmp_path / "teacher"
+    own.write_text("the film is fine\n")
+    shutil.copytree(tmp_path / "my-encoder", teacher)
+    options = {"data": {"source": str(own)}, "teachers": ["dense", str(teacher)]}
+    texts = {"source": str(tmp_path / "reviews.txt")}
+    plan = {"model": str(tmp_path / "my-encoder"), "data": texts, "passes": [{"distill": options}]}
+    run = Run(Plan.read(plan, Tables(PASSES, EXPORTERS)), tmp_path / "cache")
+    (node,) = run.plan.nodes()
+    keys = [run.key(node)]
+    own.write_text("the film is dull\n")
+    keys.append(run.key(node))
+    (teacher / "config.json").write_text((teacher / "config.json").read_text() + " ")
+    keys.append(run.key(node))
+    assert len(set(keys)) == 3
+    assert run.key(node) == keys[-1]
