@@ -19,15 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import broadcast, send_to_device
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from compress import snapshot
 from compress.doctor import bf16_pays
 from compress.errors import TrainingError
-from compress.processes import on_cpu
+from compress.optimizer import optimizer_of
+from compress.processes import accelerator, level_
 from compress.progress import track
 from compress.recipe import TrainingOptions
 from compress.recompute import recomputed
@@ -126,7 +125,7 @@ class _Run:
         whole = self.shared or not options.together
         self.model = model.to(self.device) if whole else self.accelerator.prepare_model(model)
         self.beside.to(self.device)
-        self.optimizer = _optimizer(self.held, options)
+        self.optimizer = optimizer_of(self.held, options)
         self.bfloat16 = options.precision == "bfloat16" or (options.precision == "auto" and bf16_pays())
         self.progress = Progress()
         self.best: snapshot.Weights = {}
@@ -224,7 +223,8 @@ class _Run:
                 self.check(values, rate)
                 self.accelerator.backward(total / len(mine))
             sums = {name: sums.get(name, 0.0) + value for name, value in values.items()}
-        sums = self.gather(sums)
+        if self.processes > 1:
+            sums = level_(self.beside, sums, self.accelerator)
         if options.clip:
             norm = self.clip(options.clip)
             self.check({"norm of the gradient": norm}, rate)
@@ -242,21 +242,6 @@ class _Run:
         if self.shared:
             return clip_(self.held["model"], self.beside, most)
         return float(self.accelerator.clip_grad_norm_(self.held.parameters(), most))
-
-    def gather(self, sums: dict[str, float]) -> dict[str, float]:
-        """Add up the losses of all processes, and bring what is beside the model, not wrapped for it, to one gradient.
-
-        Its buffers are those of the main process, which counted its own batches alone.
-        """
-        if self.processes == 1:
-            return sums
-        for parameter in self.beside.parameters():
-            own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            parameter.grad = self.accelerator.reduce(own, "mean")
-        for buffer in self.beside.buffers():
-            buffer.copy_(broadcast(buffer))
-        added = self.accelerator.reduce(torch.tensor(list(sums.values()), device=self.device), "sum")
-        return dict(zip(sums, added.tolist(), strict=True))
 
     @torch.no_grad()
     def follow(self) -> None:
@@ -312,25 +297,6 @@ class _Run:
         self.progress.seconds = time.monotonic() - self.started
         parts = {"weights": weights_of(self.held), "best": self.best, "average": self.average}
         snapshot.write(self.path, self.identity, self.progress, parts, self.optimizer)
-
-
-def accelerator() -> Accelerator:
-    """What knows of devices and processes."""
-    # Parameters that the loss does not reach (a pooler, say) would stall distributed training otherwise.
-    handler = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return Accelerator(cpu=on_cpu(), mixed_precision="no", kwargs_handlers=[handler])
-
-
-def _optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.Optimizer:
-    """AdamW that lets vectors (biases and norms) be when it decays weights."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    matrices, vectors = ([one for one in trained if (one.ndim >= 2) == wide] for wide in (True, False))
-    groups = [
-        {"params": [one for one in kind if isinstance(one, DTensor) == share], "weight_decay": decay}
-        for kind, decay in ((matrices, options.weight_decay), (vectors, 0.0))
-        for share in (True, False)  # shares of weights, which are the model's, and tensors don't go together
-    ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=options.learning_rate, fused=True)
 
 
 def _seed(*parts: int) -> int:
