@@ -38,8 +38,9 @@ class Fact:
 TEACHER = Fact("teacher", Part.NONE, "the dense model that recovery imitates and speed is compared with")
 STATISTICS = Fact("statistics", Part.SHAPE | Part.VALUES, "Gram matrices of the inputs of the prunable projections")
 VOCABULARY = Fact("vocabulary", Part.NONE, "the tokens of the dense model that are left, where some were dropped")
+ROWS = Fact("rows", Part.NONE, "the rows that steps train on, where a step before them made or chose some")
 
-FACTS = {fact.name: fact for fact in (TEACHER, STATISTICS, VOCABULARY)}
+FACTS = {fact.name: fact for fact in (TEACHER, STATISTICS, VOCABULARY, ROWS)}
 
 
 class Options(BaseModel):

@@ -14,8 +14,10 @@ from typing import Any
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from compress.contract import FACTS, VOCABULARY, Fact, Pass, stale_after
+from compress.contract import FACTS, ROWS, VOCABULARY, Fact, Pass, stale_after
 from compress.data import Data
+from compress.data.rows import write_rows
+from compress.data.sources import Row
 from compress.errors import TargetError
 from compress.families import layout_of
 from compress.layout import Layout, prefix_of, record_of
@@ -102,6 +104,15 @@ class State:
     def give(self, fact: Fact, value: FactValue) -> None:
         """Set a fact that the running pass provides."""
         self.facts[fact.name] = value
+
+    def replace_rows(self, splits: Mapping[str, Sequence[Row]]) -> None:
+        """Put other rows in place of those of some splits, for all that comes after.
+
+        They lie in the run's cache, and the fact `rows` names their files, so that a stored state has them again.
+        """
+        path = write_rows(splits, self.workshop.run / ROWS.name)
+        self.give(ROWS, {"files": [*self.facts.get(ROWS.name, {"files": []})["files"], path.name]})
+        self.data = self.data.with_rows(path)
 
     def forget_stale(self, step: Pass) -> None:
         """Drop the facts that `step` has spoiled."""

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compress import checkpoint
+from compress.contract import ROWS
 from compress.data import Data
 from compress.families import layout_of
 from compress.state import FactValue, State, Teacher, Workshop
@@ -52,6 +53,8 @@ def recall(folder: Path, target: Target, data: Data, workshop: Workshop, teacher
     for name, plain in written["facts"].items():
         tensors = folder / f"{name}.safetensors"
         facts[name] = {**plain, **(load_file(tensors) if tensors.exists() else {})}
+    for name in facts.get(ROWS.name, {"files": []})["files"]:
+        data = data.with_rows(workshop.run / ROWS.name / name)
     data = data if tokenizer is None else data.retokenized(tokenizer)
     return State(
         model, tokenizer, layout_of(model), dense.task, target, workshop, dense, data, facts, kept=written["kept"]

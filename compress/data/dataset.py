@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy as np
 from compress.data import sources
 from compress.data.labels import Labels, find_labels
 from compress.data.options import SOURCES, DataOptions
+from compress.data.rows import read_rows
 from compress.data.sources import Query, Row
 from compress.data.splits import split_rows
 from compress.errors import DataError, nearest
@@ -57,6 +59,7 @@ class Data:
     classes: Labels | None
     fingerprint: str
     readings: list[Data] = field(default_factory=list, repr=False, compare=False)  # these rows by every tokenizer
+    replaced: dict[str, Data] = field(default_factory=dict, repr=False, compare=False)  # with the rows of a file, each
 
     @classmethod
     def open(cls, options: DataOptions, tokenizer: PreTrainedTokenizerBase, task: Task) -> Data:
@@ -70,7 +73,7 @@ class Data:
                 f"data.substitute: other words have other labels than those in column '{label}'; "
                 "give no label, or leave substitute at 0"
             )
-        label = None if task.packs else label
+        label = None if task.name == "fill-mask" else label
         found = {}
         for name in SOURCES:
             if getattr(options, name) is not None:
@@ -109,8 +112,18 @@ class Data:
         digest = hashlib.sha256(state.encode()).hexdigest()
         if not self.readings:
             self.readings.append(self)
-        self.readings.append(replace(self, tokenizer=tokenizer, splits=splits, fingerprint=digest))
+        self.readings.append(replace(self, tokenizer=tokenizer, splits=splits, fingerprint=digest, replaced={}))
         return self.readings[-1]
+
+    def with_rows(self, path: Path) -> Data:
+        """Return this data with the rows of a file that `write_rows` wrote for its own, one object for each file."""
+        if path.name not in self.replaced:
+            rows = {name: Split(found, self.split(name).encoder) for name, found in read_rows(path).items()}
+            digest = hashlib.sha256(f"{self.fingerprint} {path.name}".encode()).hexdigest()
+            self.replaced[path.name] = replace(
+                self, splits={**self.splits, **rows}, fingerprint=digest, readings=[], replaced={}
+            )
+        return self.replaced[path.name]
 
     @property
     def labels(self) -> tuple[str, ...] | None:
@@ -183,7 +196,7 @@ class Data:
                     (self.options.seed if seed is None else seed, number),
                 )
             elif self.task.packs:
-                sequence["labels"] = sequence["input_ids"]
+                sequence.setdefault("labels", sequence["input_ids"])
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         pads = {"input_ids": pad or 0, "attention_mask": 0, "token_type_ids": 0, "labels": IGNORED}
         return collate(sequences, pads, part.encoder.max_length)
@@ -205,7 +218,7 @@ def label_kind(
     task: Task, label: str | None, rows: Sequence[Row], options: DataOptions, names: tuple[str, ...] | None
 ) -> Labels | None:
     """Tell what the label column holds: nothing, scores for pairs of sentences, or what its values say."""
-    if label is None or task.name == "question-answering":
+    if label is None or task.name in ("question-answering", "text-generation"):
         return None
     if task.name == "feature-extraction":
         return Labels(None)
@@ -234,6 +247,7 @@ def fingerprint(
 def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
     """What decides a tokenizer's output, less the truncation and padding that a former call has left in it."""
     state: dict[str, object] = {"class": type(tokenizer).__name__, "length": tokenizer.model_max_length}
+    state["chat"] = tokenizer.chat_template
     state["special"] = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     if tokenizer.is_fast:
         backend = json.loads(tokenizer.backend_tokenizer.to_str())

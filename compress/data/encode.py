@@ -13,7 +13,7 @@ from compress.data.batches import IGNORED
 from compress.data.labels import Labels
 from compress.data.sources import Row
 from compress.errors import DataError
-from compress.progress import track
+from compress.progress import say, track
 
 CHUNK = 1000  # rows tokenized by one call
 Tokens = dict[str, np.ndarray]  # of one sequence
@@ -55,6 +55,8 @@ class Encoder:
 
     def encode(self, rows: Sequence[Row]) -> Encoded:
         """Encode all rows as the task asks."""
+        if self.task == "text-generation" and rows and rows[0].label is not None:
+            return self.encode_answers(rows)
         methods = {
             "feature-extraction": self.encode_texts,
             "text-classification": self.encode_classes,
@@ -125,6 +127,28 @@ class Encoder:
                 encoded.offsets.append(offsets)
         return encoded
 
+    def encode_answers(self, rows: Sequence[Row]) -> Encoded:
+        """Encode each question with its answer, whose tokens alone, the end of text among them, have labels.
+
+        What is too long loses the end of its answer; where there is room for none of it, the row is left out and told.
+        """
+        encoded = Encoded()
+        for start, part in chunks(rows):
+            asked = ask(self.tokenizer, ["\n\n".join(row.texts) for row in part])
+            texts = [written_answer(row) for row in part]
+            answers = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+            for index, (before, after) in enumerate(zip(asked, answers, strict=True)):
+                ids = [*before, *after, *self.end][: self.max_length]
+                labels = [*[IGNORED] * len(before), *ids[len(before) :]]
+                if len(ids) > len(before):
+                    encoded.add(start + index, {"input_ids": [ids]}, 0, labels=labels)
+        if left := len(rows) - len(encoded.sequences):
+            met = f"data.max_length: {self.max_length} leaves no room for the answer in {left} of {len(rows)} rows"
+            if not encoded.sequences:
+                raise DataError(f"{met}; expected more tokens")
+            say(f"{met}, which are left out")
+        return encoded
+
     def pack(self, rows: Sequence[Row]) -> Encoded:
         """Join the tokens of all rows and cut them to full length; only the last sequence may be shorter."""
         prefix, suffix = frame(self.tokenizer)
@@ -139,15 +163,20 @@ class Encoder:
                 del tokens[:body]
         return encoded
 
+    @property
+    def end(self) -> list[int]:
+        """The token that ends a text; none where the tokenizer has no such token."""
+        end = self.tokenizer.eos_token_id if self.tokenizer.eos_token_id is not None else self.tokenizer.sep_token_id
+        return [] if end is None else [end]
+
     def token_lists(self, rows: Sequence[Row]) -> Iterator[list[int]]:
         """Yield the tokens of the texts: running text whole, documents each followed by the end-of-text token."""
-        end = self.tokenizer.eos_token_id if self.tokenizer.eos_token_id is not None else self.tokenizer.sep_token_id
         for _, part in chunks(rows):
             texts = ["\n\n".join(row.texts) for row in part]
             if self.running:
                 texts = ["\n\n".join(texts) + "\n\n"]
             for ids in self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
-                yield ids if self.running or end is None else [*ids, end]
+                yield ids if self.running else [*ids, *self.end]
 
     def tokenize(self, *texts: list[Any], **options: Any) -> Any:
         """Call the tokenizer, cutting what is too long."""
@@ -167,6 +196,25 @@ def frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     full = tokenizer(word)["input_ids"]
     start = next(place for place in range(len(full) + 1) if full[place : place + len(bare)] == bare)
     return full[:start], full[start + len(bare) :]
+
+
+def ask(tokenizer: PreTrainedTokenizerBase, questions: Sequence[str]) -> list[list[int]]:
+    """The tokens of each question up to where its answer begins: by the chat template where the tokenizer has one."""
+    if tokenizer.chat_template:
+        chats = [[{"role": "user", "content": question}] for question in questions]
+        texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+        prefix: list[int] = []
+    else:
+        texts, (prefix, _) = [f"{question}\n\n" for question in questions], frame(tokenizer)
+    encoding = tokenizer(texts, add_special_tokens=False, verbose=False)
+    return [[*prefix, *ids] for ids in encoding["input_ids"]]
+
+
+def written_answer(row: Row) -> str:
+    """A row's answer; DataError where it is no text."""
+    if not isinstance(row.label, str) or not row.label.strip():
+        raise DataError(f"{row.place}: the answer is {row.label!r}; expected text")
+    return row.label
 
 
 def find_answer(row: Row, offsets: np.ndarray) -> tuple[int, int]:

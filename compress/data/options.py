@@ -24,6 +24,7 @@ class DataOptions(Options):
     given is held out of the source: `held_share` of its rows each, and no more than `validation_rows` and `test_rows`.
     `other` is a source of another domain with the same columns, for scores beside those of the test: a model that only
     learns the ways of its corpus gains on the one and loses on the other.
+    Where texts are written on, a `label` makes them questions with answers: a row each, the answer alone being learnt.
     `substitute` swaps words for random ones of the vocabulary, in each row of calibration and training a share between
     none and so many: for a teacher that is to be heard on more than the data speaks of.
     """
@@ -32,7 +33,9 @@ class DataOptions(Options):
     config: str | None = Field(None, description="configuration of a hub dataset")
     split: str = Field("train", description="split of a dataset that rows are taken from")
     text: str | tuple[str, str] | None = Field(None, description="column with the text, or two columns for pairs")
-    label: str | None = Field(None, description="column with the label: text or integer classes, decimal scores")
+    label: str | None = Field(
+        None, description="column with the label: text or integer classes, decimal scores, the answer to write"
+    )
     labels: tuple[str, ...] | None = Field(None, description="label names in the model's order; default: sorted")
     validation: str | None = Field(None, description="file, or split of the dataset, for validation")
     test: str | None = Field(None, description="file, or split of the dataset, for the final scores")

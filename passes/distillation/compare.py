@@ -132,7 +132,8 @@ class Comparison:
         mask = batch["attention_mask"].bool()
         seen = Seen(mask, states=outputs.hidden_states[1:] if self.reads & Reads.STATES else ())
         if self.reads & Reads.PREDICTIONS:
-            seen = replace(seen, predictions=_predictions(outputs, mask), counted=_rows(outputs, mask, labels))
+            counted = _rows(outputs, mask, labels, ahead=self.state.task.generates)
+            seen = replace(seen, predictions=_predictions(outputs, mask), counted=counted)
         return replace(seen, loss=outputs.get("loss")), {name: taps[name].heads(found[name]) for name in taps}
 
     def train(self, recipe: TrainingOptions, folder: Path, what: str, rows: int = VALIDATION_ROWS) -> dict[str, Any]:
@@ -208,8 +209,12 @@ def _predictions(outputs: Any, mask: Tensor) -> Tensor:
     return torch.stack([outputs.start_logits, outputs.end_logits], 1).masked_fill(~mask[:, None], FAR_BELOW)
 
 
-def _rows(outputs: Any, mask: Tensor, labels: Mapping[str, Tensor]) -> Tensor | None:
-    """Which tokens' predictions count: those with a label where tokens have labels, all real ones otherwise."""
+def _rows(outputs: Any, mask: Tensor, labels: Mapping[str, Tensor], ahead: bool) -> Tensor | None:
+    """Which tokens' predictions count: those with a label where tokens have labels, all real ones otherwise.
+
+    Predictions of what comes next, `ahead`, count by the label of the next token; the last token's by its own.
+    """
     if "start_logits" in outputs or outputs.logits.ndim == 2:
         return None
-    return labels["labels"] != -100 if "labels" in labels else mask
+    counted = labels["labels"] != -100 if "labels" in labels else mask
+    return torch.cat([counted[:, 1:], counted[:, -1:]], 1) if ahead and "labels" in labels else counted
