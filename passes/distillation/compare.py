@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
+from torch.nn import functional
 
 from compress.errors import DataError, TrainingError
 from compress.families import layout_of
@@ -212,9 +213,9 @@ def _predictions(outputs: Any, mask: Tensor) -> Tensor:
 def _rows(outputs: Any, mask: Tensor, labels: Mapping[str, Tensor], ahead: bool) -> Tensor | None:
     """Which tokens' predictions count: those with a label where tokens have labels, all real ones otherwise.
 
-    Predictions of what comes next, `ahead`, count by the label of the next token; the last token's by its own.
+    Predictions of what comes next, `ahead`, count by the label of the next token; the last one's is not known.
     """
     if "start_logits" in outputs or outputs.logits.ndim == 2:
         return None
     counted = labels["labels"] != -100 if "labels" in labels else mask
-    return torch.cat([counted[:, 1:], counted[:, -1:]], 1) if ahead and "labels" in labels else counted
+    return functional.pad(counted[:, 1:], (0, 1)) if ahead else counted

@@ -46,7 +46,7 @@ class Distill(TrainingOptions, Pass):
     et al., arXiv:2411.06839).
     """
 
-    version = 3
+    version = 4
     merges = True
 
     requires = frozenset({TEACHER})
