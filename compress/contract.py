@@ -59,7 +59,8 @@ class Pass(Options):
 
     A contract that depends on the options is written as a property of the same name. `version` goes into the cache
     key and is raised when a pass computes something else from the same options. A pass that `merges` may follow
-    several steps. Where a run has several processes, they go through a pass `together`, or the main one does alone.
+    several steps, as many as it does not refuse. Where a run has several processes, they go through a pass `together`,
+    or the main one does alone.
     """
 
     version: ClassVar[int] = 1
@@ -79,6 +80,10 @@ class Pass(Options):
     def branches(self) -> tuple[str, ...]:
         """Names of the models it yields, in order; the empty name says that the branch goes on as it was."""
         return ("",)
+
+    def refusal(self, models: int) -> str:
+        """Why it can't take so many models; empty where it can."""
+        return "" if models == 1 or self.merges else "takes one model; expected one name"
 
     def run(self, state: State) -> Iterator[State]:
         """Yield one state per name in `branches`; the state given is the pass's own to change."""

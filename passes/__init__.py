@@ -3,6 +3,7 @@
 from compress.contract import Pass
 from passes.distillation.distill import Distill
 from passes.distillation.finetune import Finetune
+from passes.distillation.merge import Merge
 from passes.distillation.self_data import SelfData
 from passes.pruning.calibrate import Calibrate
 from passes.pruning.depth.drop_blocks import DropBlocks
@@ -29,4 +30,5 @@ PASSES: dict[str, type[Pass]] = {
     "self_data": SelfData,
     "distill": Distill,
     "finetune": Finetune,
+    "merge": Merge,
 }

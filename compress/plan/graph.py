@@ -218,8 +218,9 @@ def contradictions(steps: Steps, passes: Mapping[str, type[Pass]]) -> list[Probl
     for index, link in enumerate(links):
         do, path = link.step.do, (*path_of(link.number), link.step.name)
         parents = [end for ends in link.follows for end in ends]
-        if len(link.follows) > 1 and not do.merges:
-            text = f"follows {len(link.follows)} steps, but {link.step.name} takes one model; expected one name"
+        count = len(link.follows) or 1  # the dense model, where it follows no step
+        if refusal := do.refusal(count):
+            text = f"follows {count} step{'s' if count > 1 else ''}, but {link.step.name} {refusal}"
             tell(("passes", link.number[0], "after"), "merges", text)
         facts = frozenset.intersection(*(known[parent] for parent in parents)) if parents else GIVEN
         lost = {fact: by for parent in parents for fact, by in spoiled[parent].items()}
