@@ -20,7 +20,7 @@ from compress.layout import record_of
 from compress.recipe import TrainingOptions
 from compress.state import State
 from compress.stream import width_of
-from compress.training import Beside, train
+from compress.training import Batch, Beside, train
 from compress.uniform import HIDDEN
 from passes.distillation.choice import Losses
 from passes.distillation.heads import Tap, tap
@@ -137,16 +137,24 @@ class Comparison:
             seen = replace(seen, predictions=_predictions(outputs, mask), counted=counted)
         return replace(seen, loss=outputs.get("loss")), {name: taps[name].heads(found[name]) for name in taps}
 
-    def train(self, recipe: TrainingOptions, folder: Path, what: str, rows: int = VALIDATION_ROWS) -> dict[str, Any]:
+    def train(
+        self,
+        recipe: TrainingOptions,
+        folder: Path,
+        what: str,
+        rows: int = VALIDATION_ROWS,
+        turn: Callable[[Batch], Batch] = lambda batch: batch,
+    ) -> dict[str, Any]:
         """Train the student, validated on so many rows by the same losses, and tell how it went.
 
-        It ends with the weights of the lowest loss, those it came with included.
+        It ends with the weights of the lowest loss, those it came with included. `turn` makes of each batch of the data
+        the one that is trained on.
         """
         data, size, home = self.state.data, recipe.batch_size, self.state.model.device
         result = train(
             self.student,
             lambda epoch: data.batches("train", size, seed=recipe.seed + epoch),
-            self.losses,
+            lambda student, batch: self.losses(student, turn(batch)),
             recipe,
             folder=folder,
             total_steps=recipe.total_steps(data.count("train")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
@@ -11,8 +12,11 @@ from pydantic import Field, model_validator
 from compress.contract import TEACHER, Options, Part, Pass
 from compress.data import DataOptions
 from compress.data.options import SOURCES
+from compress.errors import TrainingError
 from compress.recipe import TrainingOptions
 from passes.distillation.choice import Losses
+from passes.distillation.losses.base import Reads
+from passes.distillation.on_policy import OnPolicy
 
 if TYPE_CHECKING:
     from torch import nn
@@ -73,6 +77,9 @@ class Distill(TrainingOptions, Pass):
     reference: str | None = Field(
         default=None, description="folder or hub name of a model like this that learned already, for losses with `keep`"
     )
+    on_policy: OnPolicy | None = Field(
+        default=None, description="how much is trained on what the student writes itself; left out, nothing"
+    )
     validation_rows: int = Field(default=512, ge=1, description="rows that a validation looks at, drawn once")
 
     @model_validator(mode="after")
@@ -82,6 +89,8 @@ class Distill(TrainingOptions, Pass):
             raise ValueError("no loss asks the reference; expected one with keep below 1, such as logits: {keep: 0.4}")
         if self.lora and self.embeddings:
             raise ValueError("with lora no embedding table is trained; expected embeddings to be left out")
+        if self.on_policy and any(loss.reads & Reads.LABELS for loss in losses):
+            raise ValueError("on_policy writes texts that nobody has labelled; expected losses without task")
         return self
 
     @property
@@ -105,8 +114,14 @@ class Distill(TrainingOptions, Pass):
 
     def recover(self, state: State) -> None:
         """Train the state's model towards its teacher."""
+        from compress.writing import ends_of
         from passes.distillation.compare import Comparison, same_hidden_width
 
+        if self.on_policy and not state.task.generates:
+            raise TrainingError(
+                f"distill: on_policy lets the student write, which models for {state.task.name} don't; expected "
+                "text-generation"
+            )
         sample = next(iter(state.data.batches("train", 1)), {})
         labelled, same_width = not sample.keys() <= Comparison.inputs, same_hidden_width(state)
         losses = self.losses or Losses.fitting(state.task, labelled, same_width)
@@ -114,7 +129,11 @@ class Distill(TrainingOptions, Pass):
         compare = Comparison(losses, state, self.reference)
         with self.limited(compare.student, tables_too) as skipped:
             trained = sum(one.numel() for one in compare.student.parameters() if one.requires_grad)
-            told = compare.train(self, state.workshop.step, "distill", self.validation_rows)
+            turned = {}
+            if self.on_policy:
+                ends = ends_of(state.model, state.tokenizer)
+                turned["turn"] = partial(self.on_policy.turn, student=state.model, ends=ends)
+            told = compare.train(self, state.workshop.step, "distill", self.validation_rows, **turned)
         state.figures |= {**told, "trained_parameters": trained, "skipped": skipped}
 
     @contextmanager
