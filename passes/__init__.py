@@ -4,6 +4,7 @@ from compress.contract import Pass
 from passes.distillation.distill import Distill
 from passes.distillation.finetune import Finetune
 from passes.distillation.merge import Merge
+from passes.distillation.select import Select
 from passes.distillation.self_data import SelfData
 from passes.pruning.calibrate import Calibrate
 from passes.pruning.depth.drop_blocks import DropBlocks
@@ -28,6 +29,7 @@ PASSES: dict[str, type[Pass]] = {
     "slice_hidden": SliceHidden,
     "puzzle": Puzzle,
     "self_data": SelfData,
+    "select": Select,
     "distill": Distill,
     "finetune": Finetune,
     "merge": Merge,

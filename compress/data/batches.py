@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 Sequences = Sequence[Mapping[str, np.ndarray]]
+Item = TypeVar("Item")
 IGNORED = -100  # the label that transformers' losses leave out
 WINDOW = 50  # batches whose rows are sorted together: enough for equal lengths, few enough to stay random
 
@@ -31,7 +33,7 @@ def group(lengths: Sequence[int], size: int, seed: int | None, drop_last: bool) 
     return batches if seed is None else [batches[index] for index in random.permutation(len(batches))]
 
 
-def cut(items: list[int], size: int) -> list[list[int]]:
+def cut(items: list[Item], size: int) -> list[list[Item]]:
     """Return pieces of `size` items, the last of which may be shorter."""
     return [items[start : start + size] for start in range(0, len(items), size)]
 
