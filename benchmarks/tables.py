@@ -65,6 +65,24 @@ def decoder(found: Figures) -> Iterator[str]:
         )
 
 
+def drafts(found: Figures) -> Iterator[str]:
+    """Pruned models as drafts of their whole self."""
+    dense = found["dense"]
+    yield (
+        f"The whole model: {dense['parameters'] / 1e6:.1f} M parameters, perplexity {dense['quality']['perplexity']:.2f}. "
+        f"{found['steps']} steps for each way, {found['ahead']} guesses a run; tokens/s in torch on one thread."
+    )
+    yield ""
+    yield "| way | parameters | perplexity | accepted | tokens a run | tokens/s alone | tokens/s with it | speed-up |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for row in found["drafts"]:
+        yield (
+            f"| {row['way']} | {row['parameters'] / 1e6:.1f} M | {row['perplexity']:.2f} | {100 * row['acceptance']:.1f} % "
+            f"| {row['per_run']:.2f} | {row['alone_tokens_per_second']:.1f} | {row['tokens_per_second']:.1f} "
+            f"| {interval(row['speedup']['value'], row['speedup']['low'], row['speedup']['high'], 2)} |"
+        )
+
+
 def cost(found: Figures) -> Iterator[str]:
     """What pruning and importing cost."""
     yield "| what | figure |"
@@ -79,6 +97,7 @@ SUITES: dict[str, tuple[str, Callable[[Figures], Iterator[str]]]] = {
     "structured-encoder": ("SST-2: MiniLM-L6 at many speeds, several ways to prune, equal recovery", encoder),
     "structured-decoder-smollm2": ("SmolLM2-135M with fewer parameters by several ways, equal recovery", decoder),
     "structured-decoder-stories15m": ("stories15M with fewer parameters by several ways, equal recovery", decoder),
+    "recovery-draft-stories15m": ("stories15M without blocks as the draft of its whole self", drafts),
     "cost": ("Cost of statistics, database and search, and of starting up", cost),
     "cost-mpnet": ("The same for MPNet-base, 109 M parameters", cost),
     "cost-smollm2": ("The same for SmolLM2-135M", cost),

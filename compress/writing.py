@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +32,7 @@ def write_on(
     training, home = model.training, model.device
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), plainly(model):
             given = {"attention_mask": mask.to(home), "generation_config": how(most, ends, pad, temperature)}
             written = model.generate(ids.to(home), **given)  # type: ignore[operator]  # a mixin's method
     finally:
@@ -39,13 +40,23 @@ def write_on(
     return [until(row, ends) for row in written[:, longest:].tolist()]
 
 
+@contextmanager
+def plainly(*models: PreTrainedModel, **settings: Any) -> Iterator[None]:
+    """Inside, models write by these settings and none of their own: nothing bends a distribution or ends a text."""
+    own = [model.generation_config for model in models]
+    try:
+        for model in models:
+            model.generation_config = GenerationConfig(**settings)
+        yield
+    finally:
+        for model, settings_before in zip(models, own, strict=True):
+            model.generation_config = settings_before
+
+
 def how(most: int, ends: Collection[int], pad: int, temperature: float) -> GenerationConfig:
-    """The settings of transformers' generation, with none left to the model's own: the distribution is as it is."""
-    drawn = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    options: dict[str, Any] = drawn if temperature else {"do_sample": False}
-    return GenerationConfig(
-        max_new_tokens=most, eos_token_id=sorted(ends) or None, pad_token_id=pad, repetition_penalty=1.0, **options
-    )
+    """The settings of transformers' generation; left unsaid, only the 50 likeliest tokens would be drawn from."""
+    drawn: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
+    return GenerationConfig(max_new_tokens=most, eos_token_id=sorted(ends) or None, pad_token_id=pad, **drawn)
 
 
 def until(tokens: list[int], ends: Collection[int]) -> list[int]:

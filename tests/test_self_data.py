@@ -79,6 +79,7 @@ def test_prompts_of_any_length_are_written_on_as_each_alone():
     one = decoder().double()
     one.generation_config.repetition_penalty = 5.0  # its own settings play no part
     found = write_on(one, PROMPTS, most=9, ends={END})
+    assert one.generation_config.repetition_penalty == 5.0
     assert found == [greedy(one, prompt, 9) for prompt in PROMPTS]
 
 
@@ -86,6 +87,8 @@ def test_an_end_ends_and_is_written():
     one = decoder()
     first = write_on(one, PROMPTS, most=9, ends=())
     stop = first[0][3]
+    one.generation_config.eos_token_id = stop
+    assert write_on(one, PROMPTS, most=9, ends=()) == first
     found = write_on(one, PROMPTS, most=9, ends={stop})
     assert found[0] == first[0][: first[0].index(stop) + 1]
     assert [len(tokens) for tokens in first] == [9] * len(PROMPTS)

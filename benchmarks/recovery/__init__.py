@@ -1,0 +1,1 @@
+"""Recovery: what the ways to train a compressed model are worth."""
