@@ -67,19 +67,18 @@ def decoder(found: Figures) -> Iterator[str]:
 
 def drafts(found: Figures) -> Iterator[str]:
     """Pruned models as drafts of their whole self."""
-    dense = found["dense"]
-    yield (
-        f"The whole model: {dense['parameters'] / 1e6:.1f} M parameters, perplexity {dense['quality']['perplexity']:.2f}. "
-        f"{found['steps']} steps for each way, {found['ahead']} guesses a run; tokens/s in torch on one thread."
-    )
+    dense, steps = found["dense"], f"{found['steps']} steps for each way, {found['ahead']} guesses a run"
+    yield f"The whole: {dense['parameters'] / 1e6:.1f} M parameters, perplexity {dense['quality']['perplexity']:.2f}."
+    yield f"{steps}; tokens/s in torch on one thread."
     yield ""
     yield "| way | parameters | perplexity | accepted | tokens a run | tokens/s alone | tokens/s with it | speed-up |"
     yield "|---|---|---|---|---|---|---|---|"
     for row in found["drafts"]:
+        speed = interval(row["speedup"]["value"], row["speedup"]["low"], row["speedup"]["high"], 2)
         yield (
-            f"| {row['way']} | {row['parameters'] / 1e6:.1f} M | {row['perplexity']:.2f} | {100 * row['acceptance']:.1f} % "
-            f"| {row['per_run']:.2f} | {row['alone_tokens_per_second']:.1f} | {row['tokens_per_second']:.1f} "
-            f"| {interval(row['speedup']['value'], row['speedup']['low'], row['speedup']['high'], 2)} |"
+            f"| {row['way']} | {row['parameters'] / 1e6:.1f} M | {row['perplexity']:.2f} "
+            f"| {100 * row['acceptance']:.1f} % | {row['per_run']:.2f} "
+            f"| {row['alone_tokens_per_second']:.1f} | {row['tokens_per_second']:.1f} | {speed} |"
         )
 
 

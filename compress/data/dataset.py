@@ -78,7 +78,7 @@ class Data:
         for name in SOURCES:
             if getattr(options, name) is not None:
                 source, split = options.location(name)
-                found[name] = sources.read(source, Query(texts, label, options.config, split))
+                found[name] = sources.read(source, Query(texts, label, options.domain, options.config, split))
         rows, names = found.pop("source")
         held = {name: held_rows for name, (held_rows, _) in found.items()}
         running = task.packs and sources.is_running(options.source)
@@ -157,6 +157,13 @@ class Data:
     def count(self, split: str) -> int:
         """The number of sequences in a split."""
         return len(self.split(split).encoded.sequences)
+
+    def domains(self, split: str) -> dict[str, list[int]]:
+        """The numbers of the sequences from each corpus, which a column of the data names."""
+        part, found = self.split(split), dict[str, list[int]]()
+        for number, owner in enumerate(part.encoded.owners):
+            found.setdefault(part.rows[owner].domain, []).append(number)
+        return found
 
     def order(self, split: str, size: int, *, seed: int | None = None, drop_last: bool = False) -> list[list[int]]:
         """Return the sequence numbers of each batch that `batches` yields for the same arguments."""
@@ -240,7 +247,7 @@ def fingerprint(
     for name, part_rows in rows.items():
         digest.update(f"{name} {len(part_rows)}".encode())
         for row in part_rows:
-            digest.update(json.dumps([row.texts, row.label], sort_keys=True, default=str).encode())
+            digest.update(json.dumps([row.texts, row.label, row.domain], sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
 

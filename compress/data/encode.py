@@ -150,17 +150,24 @@ class Encoder:
         return encoded
 
     def pack(self, rows: Sequence[Row]) -> Encoded:
-        """Join the tokens of all rows and cut them to full length; only the last sequence may be shorter."""
+        """Join the tokens of all rows of a corpus and cut them to full length; only its last sequence may be shorter.
+
+        A sequence's owner is the first row of its corpus.
+        """
         prefix, suffix = frame(self.tokenizer)
         body = self.max_length - len(prefix) - len(suffix)
         encoded = Encoded()
-        tokens: list[int] = []
-        for tail in (*self.token_lists(rows), None):
-            tokens += tail or []
-            while len(tokens) >= body or (tail is None and len(tokens) > 1):
-                ids = [*prefix, *tokens[:body], *suffix]
-                encoded.add(0, {"input_ids": [ids]}, 0)
-                del tokens[:body]
+        corpora: dict[str, list[int]] = {}
+        for number, row in enumerate(rows):
+            corpora.setdefault(row.domain, []).append(number)
+        for numbers in corpora.values():
+            tokens: list[int] = []
+            for tail in (*self.token_lists([rows[number] for number in numbers]), None):
+                tokens += tail or []
+                while len(tokens) >= body or (tail is None and len(tokens) > 1):
+                    ids = [*prefix, *tokens[:body], *suffix]
+                    encoded.add(numbers[0], {"input_ids": [ids]}, 0)
+                    del tokens[:body]
         return encoded
 
     @property

@@ -36,6 +36,9 @@ class DataOptions(Options):
     label: str | None = Field(
         None, description="column with the label: text or integer classes, decimal scores, the answer to write"
     )
+    domain: str | None = Field(
+        None, description="column that names the corpus each row is from, for `distill`'s mixture"
+    )
     labels: tuple[str, ...] | None = Field(None, description="label names in the model's order; default: sorted")
     validation: str | None = Field(None, description="file, or split of the dataset, for validation")
     test: str | None = Field(None, description="file, or split of the dataset, for the final scores")
@@ -86,6 +89,6 @@ class DataOptions(Options):
         texts, label = self.columns(task or "feature-extraction")
         return [
             f"{source} has no column '{column}'; it has {', '.join(known)}{nearest(column, known)}"
-            for column in (*texts, *([label] if label else []))
+            for column in (*texts, *(one for one in (label, self.domain) if one))
             if column not in known
         ]

@@ -15,7 +15,7 @@ from compress.data.sources import Row
 def write_rows(splits: Mapping[str, Sequence[Row]], folder: Path) -> Path:
     """Write the rows of some splits, whole or not at all; equal rows have the same file."""
     lines = [
-        json.dumps({"split": split, "texts": row.texts, "label": row.label, "place": row.place})
+        json.dumps({"split": split, "texts": row.texts, "label": row.label, "place": row.place, "domain": row.domain})
         for split, rows in splits.items()
         for row in rows
     ]
@@ -27,7 +27,7 @@ def read_rows(path: Path) -> dict[str, list[Row]]:
     splits: dict[str, list[Row]] = {}
     for record in read_lines(path):
         texts = tuple(tuple(text) if isinstance(text, list) else text for text in record["texts"])
-        splits.setdefault(record["split"], []).append(Row(texts, record["label"], record["place"]))
+        splits.setdefault(record["split"], []).append(Row(texts, record["label"], record["place"], record["domain"]))
     return splits
 
 

@@ -23,11 +23,12 @@ FORMATS = (*RUNNING, ".jsonl", ".json", ".csv", ".tsv")
 
 @dataclass(frozen=True)
 class Row:
-    """One row: the values of its text columns, its label as read, and where it stands (`file:line`)."""
+    """One row: the values of its text columns, its label as read, where it stands (`file:line`), and its corpus."""
 
     texts: tuple[Any, ...]
     label: Any = None
     place: str = field(default="", compare=False)
+    domain: str = ""
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Query:
 
     texts: tuple[str, ...]
     label: str | None = None
+    domain: str | None = None
     config: str | None = None
     split: str = "train"
 
@@ -118,7 +120,7 @@ def read(source: str, query: Query) -> tuple[list[Row], tuple[str, ...] | None]:
 
 def make_row(place: str, record: Mapping[str, Any], query: Query) -> Row | None:
     """Return the row of a record, None where a text is blank; DataError where a column is missing."""
-    wanted = (*query.texts, *([query.label] if query.label else []))
+    wanted = (*query.texts, *(column for column in (query.label, query.domain) if column))
     for column in wanted:
         if column not in record:
             raise DataError(f"{place}: no column '{column}'; met {', '.join(record)}{nearest(column, record)}")
@@ -131,7 +133,8 @@ def make_row(place: str, record: Mapping[str, Any], query: Query) -> Row | None:
     if any(not (text.strip() if isinstance(text, str) else text) for text in texts):
         return None
     texts = tuple(tuple(map(str, text)) if isinstance(text, list) else text for text in texts)
-    return Row(texts, record[query.label] if query.label else None, place)
+    label, domain = (record[column] if column else None for column in (query.label, query.domain))
+    return Row(texts, label, place, "" if domain is None else str(domain))
 
 
 def read_paragraphs(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -208,6 +211,6 @@ def open_dataset(source: str, query: Query) -> tuple[Iterator[tuple[str, Mapping
         raise DataError(f"{source} can't be loaded: {first_line(error)}") from error
     feature = dataset.features.get(query.label) if query.label else None
     names = getattr(getattr(feature, "feature", feature), "names", None)
-    wanted = [column for column in (*query.texts, query.label) if column in dataset.column_names]
+    wanted = [column for column in (*query.texts, query.label, query.domain) if column in dataset.column_names]
     records = ((f"{source}[{index}]", record) for index, record in enumerate(dataset.select_columns(wanted)))
     return records, tuple(names) if names else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import reduce
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
@@ -143,18 +144,18 @@ class Comparison:
         folder: Path,
         what: str,
         rows: int = VALIDATION_ROWS,
-        turn: Callable[[Batch], Batch] = lambda batch: batch,
+        turns: Sequence[Callable[[Batch], Batch]] = (),
     ) -> dict[str, Any]:
         """Train the student, validated on so many rows by the same losses, and tell how it went.
 
-        It ends with the weights of the lowest loss, those it came with included. `turn` makes of each batch of the data
-        the one that is trained on.
+        It ends with the weights of the lowest loss, those it came with included. `turns`, one after the other, make of
+        each batch of the data the one that is trained on.
         """
         data, size, home = self.state.data, recipe.batch_size, self.state.model.device
         result = train(
             self.student,
             lambda epoch: data.batches("train", size, seed=recipe.seed + epoch),
-            lambda student, batch: self.losses(student, turn(batch)),
+            lambda student, batch: self.losses(student, reduce(lambda known, turn: turn(known), turns, batch)),
             recipe,
             folder=folder,
             total_steps=recipe.total_steps(data.count("train")),
@@ -177,6 +178,16 @@ class Comparison:
         if self.reads & HEAD and not next(iter(batches())).keys() <= self.inputs:
             told["labels"] = label_loss(self.student, batches(), **self.extras)
         return told
+
+    @torch.no_grad()
+    def gap(self, batches: Iterable[Batch]) -> float:
+        """The mean loss over batches as a validation takes it, in the midst of training."""
+        mode = self.student.training
+        self.student.eval()
+        try:
+            return self.mean(batches)
+        finally:
+            self.student.train(mode)
 
     def mean(self, batches: Iterable[Mapping[str, Tensor]]) -> float:
         """The sum of the weighted losses, averaged over the rows of some batches."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Literal
@@ -16,12 +16,14 @@ from compress.errors import TrainingError
 from compress.recipe import TrainingOptions
 from passes.distillation.choice import Losses
 from passes.distillation.losses.base import Reads
+from passes.distillation.mixture import Mixture
 from passes.distillation.on_policy import OnPolicy
 
 if TYPE_CHECKING:
     from torch import nn
 
     from compress.state import State
+    from compress.training import Batch
 
 
 class Lora(Options):
@@ -80,6 +82,10 @@ class Distill(TrainingOptions, Pass):
     on_policy: OnPolicy | None = Field(
         default=None, description="how much is trained on what the student writes itself; left out, nothing"
     )
+    mixture: Mixture | None = Field(
+        default=None,
+        description="how the corpora that `data.domain` names are mixed; left out, as they are in the data",
+    )
     validation_rows: int = Field(default=512, ge=1, description="rows that a validation looks at, drawn once")
 
     @model_validator(mode="after")
@@ -116,6 +122,7 @@ class Distill(TrainingOptions, Pass):
         """Train the state's model towards its teacher."""
         from compress.writing import ends_of
         from passes.distillation.compare import Comparison, same_hidden_width
+        from passes.distillation.mixing import Mixing
 
         if self.on_policy and not state.task.generates:
             raise TrainingError(
@@ -127,14 +134,20 @@ class Distill(TrainingOptions, Pass):
         losses = self.losses or Losses.fitting(state.task, labelled, same_width)
         tables_too = not same_width if self.embeddings is None else self.embeddings
         compare = Comparison(losses, state, self.reference)
+        turns: list[Callable[[Batch], Batch]] = []
+        mixing = Mixing(self.mixture, state.data, compare.gap, lambda: compare.beside.share) if self.mixture else None
+        if mixing:
+            compare.beside["mixture"] = mixing
+            turns.append(mixing.turn)
+        if self.on_policy:
+            ends = ends_of(state.model, state.tokenizer)
+            turns.append(partial(self.on_policy.turn, student=state.model, ends=ends))
         with self.limited(compare.student, tables_too) as skipped:
             trained = sum(one.numel() for one in compare.student.parameters() if one.requires_grad)
-            turned = {}
-            if self.on_policy:
-                ends = ends_of(state.model, state.tokenizer)
-                turned["turn"] = partial(self.on_policy.turn, student=state.model, ends=ends)
-            told = compare.train(self, state.workshop.step, "distill", self.validation_rows, **turned)
+            told = compare.train(self, state.workshop.step, "distill", self.validation_rows, turns)
         state.figures |= {**told, "trained_parameters": trained, "skipped": skipped}
+        if mixing:
+            state.figures["mixture"] = mixing.figures()
 
     @contextmanager
     def limited(self, student: nn.Module, tables_too: bool) -> Iterator[dict[str, str]]:

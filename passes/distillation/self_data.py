@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, field_validator
@@ -92,7 +93,7 @@ class SelfData(Pass):
                 if outcomes[reason] <= SHOWN:
                     told = {"question": "\n\n".join(row.texts), "answer": row.label, "written": text}
                     examples.setdefault(reason or "rewritten", []).append(told)
-                splits[name].append(row if reason else type(row)(row.texts, text, row.place))
+                splits[name].append(row if reason else replace(row, label=text))
         state.replace_rows(splits)
         state.figures |= {
             "rewritten": outcomes.pop("", 0),
