@@ -3,9 +3,7 @@
 from compress.contract import Pass
 from passes.distillation.distill import Distill
 from passes.distillation.finetune import Finetune
-from passes.distillation.merge import Merge
-from passes.distillation.select import Select
-from passes.distillation.self_data import SelfData
+from passes.merging.merge import Merge
 from passes.pruning.calibrate import Calibrate
 from passes.pruning.depth.drop_blocks import DropBlocks
 from passes.pruning.depth.fold import Fold
@@ -16,6 +14,8 @@ from passes.pruning.vocabulary import Vocabulary
 from passes.pruning.widths.optin import Optin
 from passes.pruning.widths.prune import Prune
 from passes.pruning.widths.ziplm import ZipLM
+from passes.rows.select import Select
+from passes.rows.self_data import SelfData
 
 PASSES: dict[str, type[Pass]] = {
     "calibrate": Calibrate,

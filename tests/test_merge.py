@@ -13,8 +13,8 @@ from compress.errors import LayoutError
 from compress.plan import Plan, Tables
 from compress.runner import Run, prepare
 from passes import PASSES
-from passes.distillation.between import angle_between, lerp, slerp
-from passes.distillation.merge import Merge
+from passes.merging.between import angle_between, lerp, slerp
+from passes.merging.merge import Merge
 from tests.conftest import TINY
 from tests.paper import state_of
 from tests.texts import tokenizer

@@ -10,9 +10,9 @@ from compress.data.batches import IGNORED
 from compress.errors import DataError
 from compress.state import State
 from compress.tasks import TASKS
-from passes.distillation import scoring
-from passes.distillation.scoring import mean_log_likelihoods
-from passes.distillation.select import Select
+from passes.rows import scoring
+from passes.rows.scoring import mean_log_likelihoods
+from passes.rows.select import Select
 from tests.test_self_data import make_state, world  # noqa: F401 - a fixture
 from tests.texts import model, sentences, tokenizer, write_lines
 

@@ -11,6 +11,7 @@ from compress.data.batches import IGNORED
 from compress.data.encode import ask
 from compress.data.rows import read_lines, read_rows, write_rows
 from compress.data.sources import Row
+from compress.devices import accelerated
 from compress.errors import DataError
 from compress.families import layout_of
 from compress.plan import Plan, Tables
@@ -20,11 +21,11 @@ from compress.target import Target
 from compress.tasks import TASKS
 from compress.writing import ends_of, write_on
 from passes import PASSES
-from passes.distillation import rewriting
 from passes.distillation.choice import Losses
 from passes.distillation.compare import Comparison
-from passes.distillation.rewriting import agree, write_answers
-from passes.distillation.self_data import NUMBER, SelfData
+from passes.rows import rewriting
+from passes.rows.rewriting import agree, write_answers
+from passes.rows.self_data import NUMBER, SelfData
 from tests.texts import model, sentences, tokenizer, write_lines
 
 END = 3
@@ -117,6 +118,16 @@ def test_writing_leaves_the_mode_and_takes_both_ends():
     made = tokenizer()
     made.eos_token = "[SEP]"
     assert ends_of(one, made) == {3, 7, 8}
+
+
+@pytest.mark.gpu
+def test_an_accelerator_writes_the_same_and_the_model_comes_home():
+    one = decoder().double()
+    with accelerated(one):
+        assert one.device.type != "cpu"
+        found = write_on(one, PROMPTS, most=9, ends={END})
+    assert one.device.type == "cpu"
+    assert found == write_on(one, PROMPTS, most=9, ends={END})
 
 
 # Questions with answers as data

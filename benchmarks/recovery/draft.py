@@ -36,7 +36,7 @@ def plan(given: argparse.Namespace) -> dict[str, Any]:
     pruning = {"drop_blocks": {"remove": given.blocks, "samples": 32}}
     recipe = {"steps": given.steps, "batch_size": 8, "learning_rate": 5e-4, "precision": "float32"}
     ways = [
-        {"distill": {**recipe, **way, "validation_rows": 64}, "id": name, "after": "pruning"}
+        {"distill": {**recipe, **way, "validation_rows": 32}, "id": name, "after": "pruning"}
         for name, way in WAYS.items()
     ]
     return {
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--name", required=True, help="what the model is called in the results")
     parser.add_argument("--source", required=True)
     parser.add_argument("--blocks", type=int, default=3, help="how many blocks go")
-    parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--data", type=Path, default=os.environ.get("HF_COMPRESS_DATA"))
     parser.add_argument("--out", type=Path, default=Path("out/benchmarks/draft"))
     given = parser.parse_args()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from textwrap import shorten
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
@@ -14,7 +15,7 @@ from compress.errors import DataError
 if TYPE_CHECKING:
     from compress.state import State
 
-SHOWN = 3  # texts of each end in the report
+SHOWN, LONG = 2, 200  # texts of each end in the report, and their characters there
 
 
 class Select(Pass):
@@ -36,7 +37,8 @@ class Select(Pass):
         """Yield the state with fewer rows to train on."""
         from transformers import AutoTokenizer
 
-        from passes.distillation.scoring import mean_log_likelihoods
+        from compress.devices import accelerated
+        from passes.rows.scoring import mean_log_likelihoods
 
         if not state.task.generates:
             raise DataError(f"select: texts are weighed as text-generation reads them; met {state.task.name}")
@@ -45,19 +47,20 @@ class Select(Pass):
             raise DataError(f"select: {self.reference} reads other tokens than the model; expected one tokenizer")
         part = state.data.split("train")
         models = {"dense": state.teacher, "reference": state.task.load(self.reference).eval()}
-        known, plain = (
-            mean_log_likelihoods(model, part, state.workshop.step / name, self.batch_size)
-            for name, model in models.items()
-        )
+        scores = []
+        for name, model in models.items():
+            with accelerated(model):
+                scores.append(mean_log_likelihoods(model, part, state.workshop.step / name, self.batch_size))
         gains = {
             row: one - other
-            for row, (one, other) in enumerate(zip(known, plain, strict=True))
+            for row, (one, other) in enumerate(zip(*scores, strict=True))
             if one is not None and other is not None
         }
         order = sorted(gains, key=lambda row: -gains[row])
         kept = sorted(order[: math.ceil(self.share * len(order))])
         state.replace_rows({"train": [part.rows[row] for row in kept]})
-        texts = ["\n\n".join(map(str, part.rows[row].texts)) for row in (*order[:SHOWN], *order[-SHOWN:])]
+        ends = [" ".join(map(str, part.rows[row].texts)) for row in (*order[:SHOWN], *order[-SHOWN:])]
+        texts = [shorten(text, LONG, placeholder="...") for text in ends]
         state.figures |= {
             "rows": {"before": len(part.rows), "after": len(kept)},
             "gain": {"before": sum(gains.values()) / len(gains), "after": sum(gains[row] for row in kept) / len(kept)},

@@ -50,7 +50,7 @@ class Merge(Pass):
         """Yield the first model's state with the weights of all."""
         import torch
 
-        from passes.distillation.between import angle_between, lerp, slerp
+        from passes.merging.between import angle_between, lerp, slerp
 
         for number, other in enumerate(state.others, 2):
             refuse_unlike(state, other, number)

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from textwrap import shorten
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field, field_validator
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 REWRITTEN = ("train", "validation")  # the test split is for judging, so its answers are the data's own
 NUMBER = r"-?\d(?:[\d,]*\d)?(?:\.\d+)?"
-SHOWN = 2  # examples of each outcome in the report
+SHOWN, LONG = 2, 200  # examples of each outcome in the report, and the characters of a text there
 QUESTION, ANSWER = "{question}", "{answer}"
 REQUEST = f"""Answer the question below in your own words. A reference answer follows it; come to the same result.
 
@@ -69,7 +70,8 @@ class SelfData(Pass):
 
     def run(self, state: State) -> Iterator[State]:
         """Yield the state with the answers of training and validation rewritten."""
-        from passes.distillation.rewriting import write_answers
+        from compress.devices import accelerated
+        from passes.rows.rewriting import write_answers
 
         if not state.task.generates or any(row.label is None for row in state.data.split("train").rows):
             raise DataError(
@@ -81,18 +83,20 @@ class SelfData(Pass):
         splits: dict[str, list[Row]] = {}
         for name in REWRITTEN:
             rows = state.data.split(name).rows
-            answers = write_answers(
-                state.dense.model, state.dense.tokenizer, [self.question(row) for row in rows],
-                state.workshop.step / name,
-                tokens=self.tokens, temperature=self.temperature, size=self.batch_size, seed=self.seed,
-            )  # fmt: skip
+            with accelerated(state.dense.model):
+                answers = write_answers(
+                    state.dense.model, state.dense.tokenizer, [self.question(row) for row in rows],
+                    state.workshop.step / name,
+                    tokens=self.tokens, temperature=self.temperature, size=self.batch_size, seed=self.seed,
+                )  # fmt: skip
             splits[name] = []
             for row, (text, lack) in zip(rows, answers, strict=True):
                 reason = lack or self.objection(row.label, text)
                 outcomes[reason] += 1
                 if outcomes[reason] <= SHOWN:
-                    told = {"question": "\n\n".join(row.texts), "answer": row.label, "written": text}
-                    examples.setdefault(reason or "rewritten", []).append(told)
+                    told = {"question": " ".join(row.texts), "answer": str(row.label), "written": text}
+                    shown = {what: shorten(one, LONG, placeholder="...") for what, one in told.items()}
+                    examples.setdefault(reason or "rewritten", []).append(shown)
                 splits[name].append(row if reason else replace(row, label=text))
         state.replace_rows(splits)
         state.figures |= {
@@ -109,7 +113,7 @@ class SelfData(Pass):
 
     def objection(self, answer: str, text: str) -> str:
         """Why what the model wrote can't stand for an answer; empty where it can."""
-        from passes.distillation.rewriting import agree
+        from passes.rows.rewriting import agree
 
         if not text:
             return "nothing written"

@@ -1,0 +1,1 @@
+"""Merging: the passes that make one model of several."""
