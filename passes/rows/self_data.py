@@ -37,6 +37,7 @@ class SelfData(Pass):
     comes to no end. Self-data distillation: Thangarasa et al., arXiv:2410.09982, after Yang et al., arXiv:2402.13669.
     """
 
+    named: ClassVar[str] = "self_data"
     requires: ClassVar[frozenset[Fact]] = frozenset({TEACHER})
     provides: ClassVar[frozenset[Fact]] = frozenset({ROWS})
 
