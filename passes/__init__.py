@@ -3,6 +3,7 @@
 from compress.contract import Pass
 from passes.distillation.distill import Distill
 from passes.distillation.finetune import Finetune
+from passes.distillation.teach import Teach
 from passes.pruning.calibrate import Calibrate
 from passes.pruning.depth.drop_blocks import DropBlocks
 from passes.pruning.depth.fold import Fold
@@ -25,6 +26,7 @@ PASSES: dict[str, type[Pass]] = {
     "minitron": Minitron,
     "slice_hidden": SliceHidden,
     "puzzle": Puzzle,
+    "teach": Teach,
     "distill": Distill,
     "finetune": Finetune,
 }

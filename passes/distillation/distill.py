@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
-from compress.contract import TEACHER, Options, Part, Pass
+from compress.contract import PREDICTIONS, STATES, TEACHER, Fact, Options, Part, Pass
 from compress.data import DataOptions
 from compress.data.options import SOURCES
+from compress.errors import TrainingError
 from compress.recipe import TrainingOptions
 from passes.distillation.choice import Losses
+from passes.distillation.losses.base import Reads
 
 if TYPE_CHECKING:
     from torch import nn
@@ -49,7 +51,6 @@ class Distill(TrainingOptions, Pass):
     version = 3
     merges = True
 
-    requires = frozenset({TEACHER})
     touches = Part.VALUES
     together = True
 
@@ -73,11 +74,33 @@ class Distill(TrainingOptions, Pass):
     reference: str | None = Field(
         default=None, description="folder or hub name of a model like this that learned already, for losses with `keep`"
     )
+    cached: bool = Field(
+        default=False, description="whether the teacher is asked through what `teach` stored, and not loaded"
+    )
     validation_rows: int = Field(default=512, ge=1, description="rows that a validation looks at, drawn once")
+
+    @property
+    def requires(self) -> frozenset[Fact]:  # type: ignore[override]
+        """The teacher, or of what it said that which the losses read."""
+        if not self.cached or self.losses is None:
+            return frozenset({TEACHER})
+        read = [loss.reads for loss in self.losses.chosen().values()]
+        asked = ((PREDICTIONS, Reads.PREDICTIONS), (STATES, Reads.STATES))
+        return frozenset(fact for fact, kind in asked if any(kind & one for one in read))
 
     @model_validator(mode="after")
     def _asked(self) -> Distill:
-        losses = self.losses.chosen().values() if self.losses else ()
+        chosen = self.losses.chosen() if self.losses else {}
+        losses = chosen.values()
+        for name, loss in chosen.items() if self.cached else ():
+            if loss.reads & Reads.ATTENTION:
+                raise ValueError(f"loss '{name}' reads attention, which teach does not store; expected no cached")
+        if self.cached and not any(loss.reads & (Reads.PREDICTIONS | Reads.STATES) for loss in losses):
+            raise ValueError("cached is given, and no loss that asks the teacher; expected one, such as logits: 1")
+        if self.cached and (self.teachers or self.data):
+            raise ValueError(
+                "cached is what the dense model said of the plan's texts; expected no teachers and no data"
+            )
         if self.reference and not any(getattr(loss, "keep", 1) < 1 for loss in losses):
             raise ValueError("no loss asks the reference; expected one with keep below 1, such as logits: {keep: 0.4}")
         if self.lora and self.embeddings:
@@ -95,6 +118,8 @@ class Distill(TrainingOptions, Pass):
         from compress.data import Data
         from passes.distillation.teachers import taught_by
 
+        if self.cached and state.others:
+            raise TrainingError("distill: cached is what the dense model said; expected to follow one step")
         data = state.data
         if self.data is not None:
             state.data = Data.open(self.data, data.tokenizer, state.task)
@@ -106,12 +131,17 @@ class Distill(TrainingOptions, Pass):
     def recover(self, state: State) -> None:
         """Train the state's model towards its teacher."""
         from passes.distillation.compare import Comparison, same_hidden_width
+        from passes.distillation.taught import Taught
 
         sample = next(iter(state.data.batches("train", 1)), {})
         labelled, same_width = not sample.keys() <= Comparison.inputs, same_hidden_width(state)
         losses = self.losses or Losses.fitting(state.task, labelled, same_width)
         tables_too = not same_width if self.embeddings is None else self.embeddings
-        compare = Comparison(losses, state, self.reference)
+        stored = [state.facts[fact.name] for fact in self.requires - {TEACHER}]
+        taught = Taught(stored, state.workshop.run, state.data) if self.cached else None
+        if taught:
+            state.dense.unload()
+        compare = Comparison(losses, state, self.reference, taught)
         with self.limited(compare.student, tables_too) as skipped:
             trained = sum(one.numel() for one in compare.student.parameters() if one.requires_grad)
             told = compare.train(self, state.workshop.step, "distill", self.validation_rows)
