@@ -1,0 +1,1 @@
+"""Suites of recovery: what distillation costs and wins."""
