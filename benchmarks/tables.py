@@ -82,6 +82,45 @@ def drafts(found: Figures) -> Iterator[str]:
         )
 
 
+def chunked(found: Figures) -> Iterator[str]:
+    """Losses without logits."""
+    yield f"{found['tokens']:,} tokens, {found['classes']:,} classes, width {found['width']}, float32, one thread."
+    yield ""
+    yield "| loss | head trained | plain s | in slices s | of plain | plain MiB | in slices MiB | of plain |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for row in found["rows"]:
+        plain, sliced = (row[f"{way}_bytes"] / 2**20 for way in ("plain", "sliced"))
+        yield (
+            f"| {row['loss']} | {'yes' if row['head_trained'] else 'no'} "
+            f"| {row['plain_seconds']:.2f} | {row['sliced_seconds']:.2f} | {row['time_ratio']:.2f} "
+            f"| {plain:.0f} | {sliced:.0f} | 1/{plain / sliced:.1f} |"
+        )
+
+
+def cached(found: Figures) -> Iterator[str]:
+    """A recovery by what the teacher said once."""
+    yield (
+        f"Perplexity on held-out text: dense {found['dense']['test_perplexity']:.2f}, after blocks went "
+        f"{found['pruned']['test_perplexity']:.2f}; then {found['tokens']:,} tokens of recovery for each row."
+    )
+    yield ""
+    yield (
+        "| by | perplexity | of online KL's | KL to the dense model | bytes a token | of all logits in fp16 "
+        "| s a step | of labels' |"
+    )
+    yield "|---|---|---|---|---|---|---|---|"
+    labels, online = found["ways"][:2]
+    for row in found["ways"]:
+        stored = "- | -"
+        if "bytes" in row:
+            stored = f"{row['bytes_a_token']:.0f} | {100 * row['bytes'] / row['bytes_of_logits']:.2f} %"
+        yield (
+            f"| {row['way']} | {row['test_perplexity']:.3f} | {row['test_perplexity'] / online['test_perplexity']:.4f} "
+            f"| {row['test_kl']:.4f} | {stored} "
+            f"| {row['step_seconds']:.3f} | {row['step_seconds'] / labels['step_seconds']:.2f} |"
+        )
+
+
 def cost(found: Figures) -> Iterator[str]:
     """What pruning and importing cost."""
     yield "| what | figure |"
@@ -96,6 +135,9 @@ SUITES: dict[str, tuple[str, Callable[[Figures], Iterator[str]]]] = {
     "structured-encoder": ("SST-2: MiniLM-L6 at many speeds, several ways to prune, equal recovery", encoder),
     "structured-decoder-smollm2": ("SmolLM2-135M with fewer parameters by several ways, equal recovery", decoder),
     "structured-decoder-stories15m": ("stories15M with fewer parameters by several ways, equal recovery", decoder),
+    "recovery-chunked": ("Losses of a large vocabulary without its logits: forward and backward pass", chunked),
+    "recovery-cached-stories15m": ("stories15M without a block, recovered by what its teacher said once", cached),
+    "recovery-cached-smollm2": ("The same for SmolLM2-135M", cached),
     "recovery-draft-stories15m": ("stories15M without blocks as the draft of its whole self", drafts),
     "cost": ("Cost of statistics, database and search, and of starting up", cost),
     "cost-mpnet": ("The same for MPNet-base, 109 M parameters", cost),

@@ -28,19 +28,32 @@ class Part(enum.Flag):
 
 @dataclass(frozen=True)
 class Fact:
-    """Something known about a model, and the parts of the model it was read from."""
+    """Something known about a model, and the parts of the model it was read from, or the other facts it hangs on."""
 
     name: str
     read_from: Part
     meaning: str
+    hangs_on: frozenset[Fact] = frozenset()
 
 
 TEACHER = Fact("teacher", Part.NONE, "the dense model that recovery imitates and speed is compared with")
 STATISTICS = Fact("statistics", Part.SHAPE | Part.VALUES, "Gram matrices of the inputs of the prunable projections")
 VOCABULARY = Fact("vocabulary", Part.NONE, "the tokens of the dense model that are left, where some were dropped")
 ROWS = Fact("rows", Part.NONE, "the rows that steps train on, where a step before them made or chose some")
+PREDICTIONS = Fact(
+    "predictions",
+    Part.NONE,
+    "the dense model's predictions of the texts to learn from, stored by teach",
+    frozenset({TEACHER, VOCABULARY, ROWS}),
+)
+STATES = Fact(
+    "states",
+    Part.NONE,
+    "the dense model's hidden states on the texts to learn from, stored by teach with `states`",
+    frozenset({TEACHER, VOCABULARY, ROWS}),
+)
 
-FACTS = {fact.name: fact for fact in (TEACHER, STATISTICS, VOCABULARY, ROWS)}
+FACTS = {fact.name: fact for fact in (TEACHER, STATISTICS, VOCABULARY, ROWS, PREDICTIONS, STATES)}
 
 
 class Options(BaseModel):
@@ -93,4 +106,5 @@ class Pass(Options):
 
 def stale_after(step: Pass, facts: frozenset[Fact]) -> frozenset[Fact]:
     """Those of `facts` that no longer hold once `step` has run."""
-    return frozenset(fact for fact in facts if fact.read_from & step.touches and fact not in step.keeps | step.provides)
+    spoiled = (fact for fact in facts if fact.read_from & step.touches or fact.hangs_on & step.provides)
+    return frozenset(fact for fact in spoiled if fact not in step.keeps | step.provides)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from compress.contract import FACTS, ROWS, VOCABULARY, Fact, Pass, stale_after
 from compress.data import Data
@@ -57,6 +57,18 @@ class Teacher:
         if self.source is None:
             raise RuntimeError("a teacher without a source carries its model")
         return self.task.load(self.source).eval().requires_grad_(False)
+
+    def unload(self) -> None:
+        """Let the model go where it can be loaded again."""
+        if self.source is not None:
+            vars(self).pop("model", None)
+            release()
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """Its config, for which it is not loaded."""
+        known = "model" in vars(self) or self.source is None
+        return self.model.config if known else AutoConfig.from_pretrained(str(self.source))
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -3,6 +3,7 @@
 from compress.contract import Pass
 from passes.distillation.distill import Distill
 from passes.distillation.finetune import Finetune
+from passes.distillation.teach import Teach
 from passes.merging.merge import Merge
 from passes.pruning.calibrate import Calibrate
 from passes.pruning.depth.drop_blocks import DropBlocks
@@ -30,6 +31,7 @@ PASSES: dict[str, type[Pass]] = {
     "puzzle": Puzzle,
     "self_data": SelfData,
     "select": Select,
+    "teach": Teach,
     "distill": Distill,
     "finetune": Finetune,
     "merge": Merge,

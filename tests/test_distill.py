@@ -383,6 +383,17 @@ def test_finetuning_learns_the_task_and_makes_the_teacher(tmp_path, task):
     assert all(torch.equal(weights[name], tensor) for name, tensor in after.dense.model.state_dict().items())
 
 
+def test_a_teacher_that_no_loss_asks_is_not_run(tmp_path):
+    state = make_state(tmp_path, "text-classification")
+    calls = []
+    state.dense.model.register_forward_hook(lambda *_: calls.append(1))
+    batch = next(iter(state.data.batches("train", 4)))
+    for losses, run in (({"task": 1}, 0), ({"task": 1, "logits": 1}, 1)):
+        compare = Comparison(Losses(**losses), state)
+        compare.losses(compare.student, batch)
+        assert len(calls) == run
+
+
 def test_the_passes_are_light_to_import():
     assert not hasattr(module, "torch")
 

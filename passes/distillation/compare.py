@@ -15,6 +15,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.nn import functional
 
+from compress.data.batches import IGNORED
 from compress.errors import DataError, TrainingError
 from compress.families import layout_of
 from compress.layout import record_of
@@ -24,10 +25,12 @@ from compress.stream import width_of
 from compress.training import Batch, Beside, train
 from compress.uniform import HIDDEN
 from passes.distillation.choice import Losses
+from passes.distillation.chunked import headless, linear_head, next_token, projected
 from passes.distillation.heads import Tap, tap
-from passes.distillation.losses import Loss
+from passes.distillation.losses import LOSSES, Loss
 from passes.distillation.losses.base import Reads, Seen, Widths
 from passes.distillation.monitor import hacked, label_loss
+from passes.distillation.taught import MARK, Taught
 from passes.distillation.teachers import Ensemble
 
 VALIDATION_ROWS = 512
@@ -38,20 +41,25 @@ FAR_BELOW = -1e4  # a logit whose probability is zero in float32
 class Comparison:
     """The weighted losses of a state's model against its teacher.
 
-    Where no loss reads predictions, only the models below their heads are run. `student` is the part to train, `beside`
-    what losses learn along with it; `reference` is the folder or hub name of a further model that losses may ask.
+    Where no loss reads predictions, only the models below their heads are run; where all that do look at them row by
+    row, a language model's logits never exist as a whole. `student` is the part to train, `beside` what losses learn
+    along with it; `reference` is the folder or hub name of a further model that losses may ask. With `taught` the
+    teacher is not loaded: what it said comes with the batches.
     """
 
     inputs: ClassVar[frozenset[str]] = frozenset({"input_ids", "attention_mask", "token_type_ids"})
 
-    def __init__(self, losses: Losses, state: State, reference: str | None = None) -> None:
-        self.state, self.chosen, self.reads = state, losses.chosen(), Reads(0)
+    def __init__(
+        self, losses: Losses, state: State, reference: str | None = None, taught: Taught | None = None
+    ) -> None:
+        self.state, self.chosen, self.reads, self.taught = state, losses.chosen(), Reads(0), taught
         for name, loss in self.chosen.items():
             self.refuse_unfit(name, loss)
             self.reads |= loss.reads
-        teacher, below = state.teacher, not self.reads & HEAD
+        teacher: Any = None if taught else state.teacher
+        below = not self.reads & HEAD
         self.student: nn.Module = state.model.base_model if below else state.model
-        self.teacher: nn.Module = teacher.base_model if below else teacher
+        self.teacher: Any = teacher.base_model if below and teacher else teacher
         self.reference = state.task.load(reference).eval().requires_grad_(False) if reference else None
         self.extras: dict[str, Any] = {"output_hidden_states": bool(self.reads & Reads.STATES)}
         if state.task.name == "text-generation":
@@ -59,6 +67,9 @@ class Comparison:
         self.taps = {
             name: self.attentions(loss, teacher) for name, loss in self.chosen.items() if loss.reads & Reads.ATTENTION
         }
+        if taught:
+            self.refuse_untaught(taught)
+        self.heads = self.linear_heads()
         learned = {name: loss.learned(self.widths()) for name, loss in self.chosen.items()}
         self.beside = Beside({name: part for name, part in learned.items() if part is not None})
 
@@ -67,21 +78,57 @@ class Comparison:
         bare = self.state.task.name == "feature-extraction"
         if bare and loss.reads & HEAD:
             raise TrainingError(f"distill: loss '{name}' reads predictions, which feature-extraction has not")
-        if isinstance(self.state.dense.model, Ensemble) and loss.reads & (Reads.STATES | Reads.ATTENTION):
+        if (
+            not self.taught
+            and isinstance(self.state.dense.model, Ensemble)
+            and loss.reads & (Reads.STATES | Reads.ATTENTION)
+        ):
             raise TrainingError(
                 f"distill: loss '{name}' looks into one teacher, and there are several; expected losses of predictions"
             )
         if loss.same_width and not same_hidden_width(self.state):
-            mine, theirs = width_of(self.state.model.config), width_of(self.state.dense.model.config)
+            mine, theirs = width_of(self.state.model.config), width_of(self.state.dense.config)
             raise TrainingError(
                 f"distill: loss '{name}' compares hidden states, of width {mine} here and {theirs} in the dense "
                 f"model; expected a loss that needs no equal widths: {'similarity' if bare else 'logits'}, or "
                 f"{name}: {{project: true}}"
             )
 
+    def refuse_untaught(self, taught: Taught) -> None:
+        """Raise TrainingError where a loss asks the teacher for more than is stored."""
+        for name, loss in self.chosen.items():
+            told, fact = f"distill: loss '{name}'", taught.fact
+            if loss.reads & Reads.STATES:
+                places = self.places(list(self.state.layout.stacks.values())[-1].length, fact["blocks"])
+                asked = places[-(loss.depth or 0) :]
+                if not set(asked) <= set(fact["states"]):
+                    raise TrainingError(f"{told} compares states after blocks {asked}; stored are {fact['states']}")
+            if not (loss.reads & Reads.PREDICTIONS and fact["drawn"]):
+                continue
+            if not (loss.drawn and loss.by_rows):
+                able = ", ".join(one for one, cls in LOSSES.items() if cls.drawn)
+                raise TrainingError(
+                    f"{told} needs all of a prediction, and stored are tokens drawn from it; expected one of {able}, "
+                    "each with keep at 1, or no cached"
+                )
+            if (softness := getattr(loss, "temperature", 1.0)) != fact["temperature"]:
+                raise TrainingError(
+                    f"{told} has the temperature {softness:g}, and what is stored was drawn at "
+                    f"{fact['temperature']:g}; expected the same"
+                )
+
+    def linear_heads(self) -> tuple[nn.Linear | None, nn.Linear | None]:
+        """The heads of student and teacher, where logits need not exist as a whole; else none."""
+        by_rows = all(loss.by_rows for loss in self.chosen.values())
+        if self.state.task.name != "text-generation" or not self.reads & HEAD or not by_rows:
+            return None, None
+        mine = linear_head(self.state.model)
+        theirs = linear_head(self.teacher) if self.teacher is not None else None
+        return (mine, theirs) if mine and (theirs or self.taught) else (None, None)
+
     def widths(self) -> Widths:
         """What learned parts have to fit."""
-        mine, theirs = (width_of(model.config) for model in (self.state.model, self.state.dense.model))
+        mine, theirs = (width_of(config) for config in (self.state.model.config, self.state.dense.config))
         blocks = list(self.state.layout.stacks.values())[-1].length
         kept = self.state.kept.get(HIDDEN)
         known = kept and len(kept) == mine and max(kept) < theirs  # else they are counted as in a model before that
@@ -101,14 +148,16 @@ class Comparison:
     def losses(self, student: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The weighted losses of one batch by name; gradients go to the student and what is beside it only."""
         device = batch["input_ids"].device
-        if self.reads & Reads.LABELS and batch.keys() <= self.inputs:
+        if self.reads & Reads.LABELS and not labels_of(batch):
             raise DataError("distill: loss 'task' reads labels, which the data has not; expected a label column")
+        # A model that is wrapped, to hand round its gradients, has to use its head itself.
+        my_head, their_head = self.heads if student is self.student else (None, None)
         with torch.no_grad():
-            theirs, their_heads = self.look(self.teacher.to(device), batch, side=1)
+            theirs, their_heads = self.look_at_teacher(batch, their_head)
             if self.reference is not None:
                 known, _ = self.look(self.reference.to(device), batch, side=None)
                 theirs = replace(theirs, reference=known)
-        mine, my_heads = self.look(student, batch, side=0)
+        mine, my_heads = self.look(student, batch, 0, my_head)
         places = self.places(len(mine.states), len(theirs.states)) if mine.states else ()
         mine = replace(mine, share=self.beside.share)
         theirs = replace(theirs, states=[theirs.states[place] for place in places], counted=mine.counted)
@@ -122,21 +171,40 @@ class Comparison:
                 found[name] = loss.weight * loss.of(*pair, own)
         return found
 
-    def look(self, model: nn.Module, batch: Mapping[str, Tensor], side: int | None) -> tuple[Seen, dict[str, Any]]:
-        """What a model shows on a batch, and the heads of each loss of attention; the student (side 0) sees labels."""
+    def look_at_teacher(self, batch: Mapping[str, Tensor], head: nn.Linear | None) -> tuple[Seen, dict[str, Any]]:
+        """What the teacher shows on a batch, or showed once; nothing where no loss asks it."""
+        if not self.reads & ~Reads.LABELS:
+            return Seen(batch["attention_mask"].bool()), {}
+        if self.taught:
+            return self.taught.seen(batch), {}
+        return self.look(self.teacher.to(batch["input_ids"].device), batch, 1, head)
+
+    def look(
+        self, model: nn.Module, batch: Mapping[str, Tensor], side: int | None, head: nn.Linear | None = None
+    ) -> tuple[Seen, dict[str, Any]]:
+        """What a model shows on a batch, and the heads of each loss of attention; the student (side 0) sees labels.
+
+        Given its head, the model runs without it.
+        """
         given = {name: part for name, part in batch.items() if name in self.inputs}
-        labels = {name: part for name, part in batch.items() if name not in self.inputs}
+        labels = labels_of(batch)
         asked = labels if side == 0 and self.reads & Reads.LABELS else {}
         taps = {} if side is None else {name: pair[side] for name, pair in self.taps.items()}
         with ExitStack() as opened:
             found = {name: opened.enter_context(one.open()) for name, one in taps.items()}
-            outputs = model(**given, **asked, **self.extras)
+            if head is not None:
+                opened.enter_context(headless(head))
+            outputs = model(**given, **({} if head is not None else asked), **self.extras)
         mask = batch["attention_mask"].bool()
-        seen = Seen(mask, states=outputs.hidden_states[1:] if self.reads & Reads.STATES else ())
+        states, loss = outputs.hidden_states[1:] if self.reads & Reads.STATES else (), outputs.get("loss")
+        seen = Seen(mask, states, loss=loss)
         if self.reads & Reads.PREDICTIONS:
             counted = _rows(outputs, mask, labels, ahead=self.state.task.generates)
             seen = replace(seen, predictions=_predictions(outputs, mask), counted=counted)
-        return replace(seen, loss=outputs.get("loss")), {name: taps[name].heads(found[name]) for name in taps}
+        if head is not None:
+            predictions = projected(outputs.logits, head)
+            seen = replace(seen, predictions=predictions, loss=next_token(predictions, **asked) if asked else None)
+        return seen, {name: taps[name].heads(found[name]) for name in taps}
 
     def train(
         self,
@@ -152,18 +220,22 @@ class Comparison:
         each batch of the data the one that is trained on.
         """
         data, size, home = self.state.data, recipe.batch_size, self.state.model.device
+        source = self.taught or data
         result = train(
             self.student,
-            lambda epoch: data.batches("train", size, seed=recipe.seed + epoch),
+            lambda epoch: source.batches("train", size, seed=recipe.seed + epoch),
             lambda student, batch: self.losses(student, reduce(lambda known, turn: turn(known), turns, batch)),
             recipe,
             folder=folder,
             total_steps=recipe.total_steps(data.count("train")),
-            validate=lambda: self.judge(lambda: islice(data.batches("validation", size, seed=0), max(1, rows // size))),
+            validate=lambda: self.judge(
+                lambda: islice(source.batches("validation", size, seed=0), max(1, rows // size))
+            ),
             beside=self.beside,
             what=what,
         )
-        self.teacher.to(home)
+        if self.teacher is not None:
+            self.teacher.to(home)
         return {
             "losses": {name: loss.model_dump(exclude_defaults=True) for name, loss in self.chosen.items()},
             "loss_before": result.history[0]["validation"],
@@ -175,8 +247,9 @@ class Comparison:
     def judge(self, batches: Callable[[], Iterable[Mapping[str, Tensor]]]) -> dict[str, float]:
         """What a validation tells: the losses and, where predictions are read of data with labels, that on labels."""
         told = {"validation": self.mean(batches())}
-        if self.reads & HEAD and not next(iter(batches())).keys() <= self.inputs:
-            told["labels"] = label_loss(self.student, batches(), **self.extras)
+        if self.reads & HEAD and labels_of(next(iter(batches()))):
+            bare = ({name: one for name, one in batch.items() if not name.startswith(MARK)} for batch in batches())
+            told["labels"] = label_loss(self.student, bare, **self.extras)
         return told
 
     @torch.no_grad()
@@ -206,7 +279,7 @@ class Comparison:
         The last states are compared with the last whichever blocks they come from: both stand after the final norm.
         """
         left = _origins(self.student.config, mine)
-        right = list(_origins(self.teacher.config, theirs))
+        right = list(_origins(self.state.dense.config, theirs))
         if not self.state.dense.kin or not set(left[:-1]) <= set(right):  # spread evenly
             return [-(-(place + 1) * theirs // mine) - 1 for place in range(mine)]
         return [right.index(origin) for origin in left[:-1]] + [theirs - 1]
@@ -214,7 +287,12 @@ class Comparison:
 
 def same_hidden_width(state: State) -> bool:
     """Whether the states of model and teacher can be compared channel by channel."""
-    return width_of(state.model.config) == width_of(state.dense.model.config)
+    return width_of(state.model.config) == width_of(state.dense.config)
+
+
+def labels_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What of a batch a model is not shown but told by."""
+    return {name: one for name, one in batch.items() if name not in Comparison.inputs and not name.startswith(MARK)}
 
 
 def _origins(config: Any, blocks: int) -> Sequence[int]:
@@ -236,5 +314,5 @@ def _rows(outputs: Any, mask: Tensor, labels: Mapping[str, Tensor], ahead: bool)
     """
     if "start_logits" in outputs or outputs.logits.ndim == 2:
         return None
-    counted = labels["labels"] != -100 if "labels" in labels else mask
+    counted = labels["labels"] != IGNORED if "labels" in labels else mask
     return functional.pad(counted[:, 1:], (0, 1)) if ahead else counted

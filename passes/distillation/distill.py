@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
-from compress.contract import TEACHER, Options, Part, Pass
+from compress.contract import PREDICTIONS, STATES, TEACHER, Fact, Options, Part, Pass
 from compress.data import DataOptions
 from compress.data.options import SOURCES
 from compress.errors import TrainingError
@@ -55,7 +55,6 @@ class Distill(TrainingOptions, Pass):
     version = 4
     merges = True
 
-    requires = frozenset({TEACHER})
     touches = Part.VALUES
     together = True
 
@@ -86,11 +85,34 @@ class Distill(TrainingOptions, Pass):
         default=None,
         description="how the corpora that `data.domain` names are mixed; left out, as they are in the data",
     )
+    cached: bool = Field(
+        default=False, description="whether the teacher is asked through what `teach` stored, and not loaded"
+    )
     validation_rows: int = Field(default=512, ge=1, description="rows that a validation looks at, drawn once")
+
+    @property
+    def requires(self) -> frozenset[Fact]:  # type: ignore[override]
+        """The teacher, or of what it said that which the losses read."""
+        if not self.cached or self.losses is None:
+            return frozenset({TEACHER})
+        read = [loss.reads for loss in self.losses.chosen().values()]
+        asked = ((PREDICTIONS, Reads.PREDICTIONS), (STATES, Reads.STATES))
+        return frozenset(fact for fact, kind in asked if any(kind & one for one in read))
 
     @model_validator(mode="after")
     def _asked(self) -> Distill:
-        losses = self.losses.chosen().values() if self.losses else ()
+        chosen = self.losses.chosen() if self.losses else {}
+        losses = chosen.values()
+        for name, loss in chosen.items() if self.cached else ():
+            if loss.reads & Reads.ATTENTION:
+                raise ValueError(f"loss '{name}' reads attention, which teach does not store; expected no cached")
+        if self.cached and not any(loss.reads & (Reads.PREDICTIONS | Reads.STATES) for loss in losses):
+            raise ValueError("cached is given, and no loss that asks the teacher; expected one, such as logits: 1")
+        elsewhere = [name for name in ("teachers", "data", "on_policy", "mixture") if getattr(self, name)]
+        if self.cached and elsewhere:
+            raise ValueError(
+                f"cached is what the dense model said of the plan's texts, in their order; expected no {elsewhere[0]}"
+            )
         if self.reference and not any(getattr(loss, "keep", 1) < 1 for loss in losses):
             raise ValueError("no loss asks the reference; expected one with keep below 1, such as logits: {keep: 0.4}")
         if self.lora and self.embeddings:
@@ -110,6 +132,8 @@ class Distill(TrainingOptions, Pass):
         from compress.data import Data
         from passes.distillation.teachers import taught_by
 
+        if self.cached and state.others:
+            raise TrainingError("distill: cached is what the dense model said; expected to follow one step")
         data = state.data
         if self.data is not None:
             state.data = Data.open(self.data, data.tokenizer, state.task)
@@ -123,6 +147,7 @@ class Distill(TrainingOptions, Pass):
         from compress.writing import ends_of
         from passes.distillation.compare import Comparison, same_hidden_width
         from passes.distillation.mixing import Mixing
+        from passes.distillation.taught import Taught
 
         if self.on_policy and not state.task.generates:
             raise TrainingError(
@@ -133,15 +158,18 @@ class Distill(TrainingOptions, Pass):
         labelled, same_width = not sample.keys() <= Comparison.inputs, same_hidden_width(state)
         losses = self.losses or Losses.fitting(state.task, labelled, same_width)
         tables_too = not same_width if self.embeddings is None else self.embeddings
-        compare = Comparison(losses, state, self.reference)
+        stored = [state.facts[fact.name] for fact in self.requires - {TEACHER}]
+        taught = Taught(stored, state.workshop.run, state.data) if self.cached else None
+        if taught:
+            state.dense.unload()
+        compare = Comparison(losses, state, self.reference, taught)
         turns: list[Callable[[Batch], Batch]] = []
         mixing = Mixing(self.mixture, state.data, compare.gap, lambda: compare.beside.share) if self.mixture else None
         if mixing:
             compare.beside["mixture"] = mixing
             turns.append(mixing.turn)
         if self.on_policy:
-            ends = ends_of(state.model, state.tokenizer)
-            turns.append(partial(self.on_policy.turn, student=state.model, ends=ends))
+            turns.append(partial(self.on_policy.turn, student=state.model, ends=ends_of(state.model, state.tokenizer)))
         with self.limited(compare.student, tables_too) as skipped:
             trained = sum(one.numel() for one in compare.student.parameters() if one.requires_grad)
             told = compare.train(self, state.workshop.step, "distill", self.validation_rows, turns)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field, GetJsonSchemaHandler, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from compress.contract import Options
+from passes.distillation.losses.predictions import Draws, Projected, picked
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -50,6 +51,8 @@ class Seen:
     compared; `predictions` are (..., classes), `counted` says which rows of them count, all where None; `heads` are
     those of one attention; `loss` is the model's own on the labels. Beside a teacher may stand a `reference`, a student
     that has learned already. `share` is that of the training run that is done.
+
+    Predictions may also be `Projected`, and a teacher's `Draws`, for losses that say that they take them.
     """
 
     mask: Tensor
@@ -62,7 +65,7 @@ class Seen:
     share: float = 1.0
 
     @cached_property
-    def logits(self) -> Tensor:
+    def logits(self) -> Any:
         """The predictions that count: (rows, classes)."""
         return rows_of(self.predictions, self.counted)
 
@@ -88,10 +91,12 @@ class Loss(Options):
     """One way to tell a student from its teacher: its fields are its options in a plan, a bare number its weight.
 
     `vanishes` says that it is zero, with no gradient, where both models are the same; the others are least there.
+    `drawn` says that of the teacher's predictions it takes `Draws`, from which it is estimated without bias.
     """
 
     reads: ClassVar[Reads]
     vanishes: ClassVar[bool] = True
+    drawn: ClassVar[bool] = False
 
     weight: float = Field(default=1.0, ge=0, description="what it counts in the sum; 0 leaves it out")
 
@@ -99,6 +104,16 @@ class Loss(Options):
     def same_width(self) -> bool:
         """Whether the hidden widths of both models must be equal."""
         return False
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether it is a mean over rows of predictions, so that it can look at few at a time and takes `Projected`."""
+        return not self.reads & Reads.PREDICTIONS
+
+    @property
+    def depth(self) -> int | None:
+        """How many of the last blocks' states it reads; all where None."""
+        return getattr(self, "last", None)
 
     def learned(self, widths: Widths) -> nn.Module | None:
         """What is trained along with the student, or keeps count, and is thrown away afterwards."""
@@ -133,12 +148,14 @@ class Loss(Options):
 
 
 def real(values: Tensor, mask: Tensor) -> Tensor:
-    """The rows of real tokens: (batch, sequence, any) -> (tokens, any)."""
-    return values.flatten(0, 1).index_select(0, mask.flatten().nonzero().flatten()).float()
+    """The rows of real tokens in float32: (batch, sequence, any) -> (tokens, any)."""
+    return picked(values, mask).float()
 
 
-def rows_of(predictions: Tensor, counted: Tensor | None) -> Tensor:
+def rows_of(predictions: Any, counted: Tensor | None) -> Any:
     """The predictions that count: (..., classes) -> (rows, classes)."""
+    if isinstance(predictions, Projected | Draws):
+        return predictions if counted is None else predictions.counted(counted)
     return predictions.flatten(0, -2).float() if counted is None else real(predictions, counted)
 
 

@@ -99,6 +99,11 @@ class EmbeddingLoss(Loss):
         """Embeddings are compared channel by channel, unless a map comes between."""
         return not self.project
 
+    @property
+    def depth(self) -> int | None:
+        """Embeddings are made of the last states."""
+        return 1
+
     def learned(self, widths: Widths) -> nn.Module | None:
         """The map."""
         return projection(widths) if self.project else None
@@ -162,6 +167,11 @@ class RelationLoss(Loss):
     """How the texts of a batch lie to each other; of any width."""
 
     reads: ClassVar[Reads] = Reads.STATES
+
+    @property
+    def depth(self) -> int | None:
+        """Embeddings are made of the last states, unless a loss asks for more."""
+        return getattr(self, "last", 1)
 
     def of(self, student: Seen, teacher: Seen, own: Any = None) -> Tensor:
         """The difference of the relations."""

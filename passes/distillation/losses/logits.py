@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from passes.distillation.losses.base import Loss, Reads, Seen, Widths, kl, rows_of
+from passes.distillation.losses.predictions import Draws, Projected
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -31,8 +32,8 @@ def most_to_gain(p: Tensor, q: Tensor, reference: Tensor | None, share: float) -
     return gain.topk(math.ceil(share * len(gain))).indices
 
 
-class Logits(Loss):
-    """KL(p || q), averaged over the rows that count; Hinton et al., arXiv:1503.02531.
+class Divergence(Loss):
+    """A divergence of the teacher's distribution p and the student's q, averaged over the rows that count.
 
     `keep` below 1 trains on that share of the rows alone, those with most to gain: where q is further from p than a
     reference is, a student that has learned already. Without one the teacher itself is taken for it. AdaSPEC (Hu et
@@ -44,18 +45,32 @@ class Logits(Loss):
     temperature: float = Field(default=1.0, gt=0, description="softens both distributions; multiplied on, squared")
     keep: float = Field(default=1.0, gt=0, le=1, description="share of the rows trained on, those with most to gain")
 
+    @property
+    def by_rows(self) -> bool:
+        """Unless rows are chosen, each is looked at by itself."""
+        return self.keep == 1
+
     def of(self, student: Seen, teacher: Seen, own: Any = None) -> Tensor:
         """The divergence of the predictions."""
+        mine, theirs = student.logits, teacher.logits
+        if isinstance(mine, Projected):
+            from passes.distillation.chunked import summed
+
+            loss = summed(lambda logits, goals: len(logits) * self.compare(logits, goals), mine, theirs)
+            return loss / max(1, len(mine))
         reference = teacher.reference.logits if teacher.reference else None
-        return self.compare(student.logits, teacher.logits, reference, own, student.share)
+        return self.compare(mine, theirs, reference, own, student.share)
 
     def compare(
-        self, student: Tensor, teacher: Tensor, reference: Tensor | None = None, own: Any = None, share: float = 1.0
+        self, student: Tensor, teacher: Any, reference: Tensor | None = None, own: Any = None, share: float = 1.0
     ) -> Tensor:
-        """The divergence of logits (rows, classes)."""
+        """The divergence of logits (rows, classes), or of a student's from the teacher's draws."""
         if student.shape[-1] == 1:
             return (student - teacher).square().mean()
-        p, q = (one.div(self.temperature).log_softmax(-1) for one in (teacher, student))
+        q = student.div(self.temperature).log_softmax(-1)
+        if isinstance(teacher, Draws):
+            return self.estimate(teacher, q).sum() / max(1, len(q)) * self.temperature**2
+        p = teacher.div(self.temperature).log_softmax(-1)
         if self.keep < 1:
             known = None if reference is None else reference.div(self.temperature).log_softmax(-1)
             rows = most_to_gain(p, q.detach(), known, self.keep)
@@ -67,11 +82,41 @@ class Logits(Loss):
         return self.rows(p, q).sum() / max(1, len(p))
 
     def rows(self, p: Tensor, q: Tensor) -> Tensor:
-        """The divergence of each row: (rows,)."""
+        """The divergence of each row, KL(p || q) unless a loss says another: (rows,)."""
         return kl(p, q)
 
+    def estimate(self, draws: Draws, q: Tensor) -> Tensor:
+        """The divergence of each row, by tokens drawn from p: (rows,)."""
+        raise NotImplementedError
 
-class Reverse(Logits):
+
+class Expected(Divergence):
+    """A divergence that is a mean over p, so that tokens drawn from p estimate it and its gradient without bias."""
+
+    drawn: ClassVar[bool] = True
+
+    def rows(self, p: Tensor, q: Tensor) -> Tensor:
+        """The divergence of each row: (rows,)."""
+        return (p.exp() * self.gap(p, q)).sum(-1)
+
+    def estimate(self, draws: Draws, q: Tensor) -> Tensor:
+        """The divergence of each row, by tokens drawn from p: (rows,)."""
+        return (draws.weights * self.gap(draws.logs, q.gather(-1, draws.ids))).sum(-1)
+
+    def gap(self, p: Tensor, q: Tensor) -> Tensor:
+        """What is averaged, of log-probabilities of the same classes."""
+        raise NotImplementedError
+
+
+class Logits(Expected):
+    """KL(p || q), averaged over the rows that count; Hinton et al., arXiv:1503.02531."""
+
+    def gap(self, p: Tensor, q: Tensor) -> Tensor:
+        """The difference."""
+        return p - q
+
+
+class Reverse(Divergence):
     """KL(q || p): leaves out what the student can't hold rather than covering all; MiniLLM, arXiv:2306.08543."""
 
     def rows(self, p: Tensor, q: Tensor) -> Tensor:
@@ -79,7 +124,7 @@ class Reverse(Logits):
         return kl(q, p)
 
 
-class Jsd(Logits):
+class Jsd(Divergence):
     """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q; GKD, arXiv:2306.13649.
 
     Over beta it tends to KL(p || q) as beta falls to 0, over 1 - beta to KL(q || p) as it rises to 1.
@@ -93,17 +138,17 @@ class Jsd(Logits):
         return self.beta * kl(p, mixture) + (1 - self.beta) * kl(q, mixture)
 
 
-class Skew(Logits):
+class Skew(Expected):
     """KL(p || alpha p + (1 - alpha) q), never above -log(alpha); DistiLLM, arXiv:2402.03898."""
 
     alpha: float = Field(default=0.1, gt=0, lt=1, description="the teacher's share of what it is compared with")
 
-    def rows(self, p: Tensor, q: Tensor) -> Tensor:
-        """The divergence of each row: (rows,)."""
-        return kl(p, mixed(p, q, self.alpha))
+    def gap(self, p: Tensor, q: Tensor) -> Tensor:
+        """The difference from the mixture."""
+        return p - mixed(p, q, self.alpha)
 
 
-class SkewReverse(Logits):
+class SkewReverse(Divergence):
     """KL(q || alpha q + (1 - alpha) p), never above -log(alpha); DistiLLM, arXiv:2402.03898."""
 
     named = "skew_reverse"
@@ -115,7 +160,7 @@ class SkewReverse(Logits):
         return kl(q, mixed(q, p, self.alpha))
 
 
-class Taid(Logits):
+class Taid(Divergence):
     """KL(r || q) with r between the two, ``softmax((1 - t) log q + t log p)``, q held still; arXiv:2501.16937.
 
     t rises from `start` to 1 with the run, and ahead of it while the loss falls. A validation compares with the
@@ -125,6 +170,11 @@ class Taid(Logits):
     start: float = Field(default=0.4, ge=0, lt=1, description="t at first")
     momentum: float = Field(default=0.99, ge=0, lt=1, description="of the relative fall of the loss")
     rise: float = Field(default=5e-4, ge=0, description="the most that t runs ahead in one batch")
+
+    @property
+    def by_rows(self) -> bool:
+        """What t follows is the loss of all rows."""
+        return False
 
     def learned(self, widths: Widths) -> nn.Module:
         """Buffers that keep count: t, the momentum and the loss before."""
@@ -152,7 +202,7 @@ class Taid(Logits):
         own.before.copy_(loss)
 
 
-class Top(Logits):
+class Top(Divergence):
     """KL(p || q) over the teacher's `classes` likeliest and one class for all others: never above the full one.
 
     With `recalibrate` c both are ``softmax(probability / c)`` over those classes alone, which takes their confidence
@@ -172,7 +222,7 @@ class Top(Logits):
         return kl(p, q) + rest[0] * (rest[0] / rest[1]).log()
 
 
-class Sinkhorn(Logits):
+class Sinkhorn(Divergence):
     """What it costs to carry the rows of p to those of q: an entropic plan, costs being L1 distances; SinKD.
 
     Cui et al., arXiv:2402.17110. The cost is quadratic in the rows, so `most` of them are taken, evenly spread.
@@ -185,6 +235,11 @@ class Sinkhorn(Logits):
     rounds: int = Field(default=20, ge=1, description="normalisations of rows and columns in turn")
     most: int = Field(default=64, ge=2, description="rows at most")
 
+    @property
+    def by_rows(self) -> bool:
+        """Rows are carried to one another."""
+        return False
+
     def between(self, p: Tensor, q: Tensor, own: Any, share: float) -> Tensor:
         """The cost of the plan, a row."""
         from torch import cdist
@@ -194,7 +249,7 @@ class Sinkhorn(Logits):
         return (plan(cost, self.entropy, self.rounds) * cost).sum() / max(1, len(cost))
 
 
-class Pld(Logits):
+class Pld(Divergence):
     """The Plackett-Luce likelihood of the classes in the teacher's order, each choice weighed by p; arXiv:2506.12542.
 
     ``sum_k p_k (log sum_(l >= k) q_l - log q_k)``, classes from the likeliest down; the paper puts the label before
