@@ -54,6 +54,8 @@ STATES = Fact(
 
 FACTS = {fact.name: fact for fact in (TEACHER, STATISTICS, VOCABULARY, PREDICTIONS, STATES)}
 
+FLOAT = "float32"  # the number format of a model that was not quantized
+
 
 class Options(BaseModel):
     """Options as they stand in a plan: frozen, and nothing unknown is taken.
