@@ -39,6 +39,7 @@ class Fact:
 TEACHER = Fact("teacher", Part.NONE, "the dense model that recovery imitates and speed is compared with")
 STATISTICS = Fact("statistics", Part.SHAPE | Part.VALUES, "Gram matrices of the inputs of the prunable projections")
 VOCABULARY = Fact("vocabulary", Part.NONE, "the tokens of the dense model that are left, where some were dropped")
+GRID = Fact("grid", Part.SHAPE | Part.VALUES | Part.FORMAT, "the scales and zeros of the grid that weights lie on")
 PREDICTIONS = Fact(
     "predictions",
     Part.NONE,
@@ -52,7 +53,7 @@ STATES = Fact(
     frozenset({TEACHER, VOCABULARY}),
 )
 
-FACTS = {fact.name: fact for fact in (TEACHER, STATISTICS, VOCABULARY, PREDICTIONS, STATES)}
+FACTS = {fact.name: fact for fact in (TEACHER, STATISTICS, VOCABULARY, PREDICTIONS, STATES, GRID)}
 
 FLOAT = "float32"  # the number format of a model that was not quantized
 

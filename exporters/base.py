@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import Field, model_validator
 
-from compress.contract import FLOAT, Options
+from compress.contract import FLOAT, Fact, Options
 from compress.errors import ExportError
 from compress.verdict import KeepIf
 
@@ -47,6 +47,11 @@ class Exporter(Options):
     def precision(self) -> str:
         """The number format of its weights; any but float32 makes of the artifact a model to be judged by itself."""
         return FLOAT
+
+    @property
+    def requires(self) -> frozenset[Fact]:
+        """What it must be told of a model besides the model."""
+        return frozenset()
 
     @abstractmethod
     def write(self, state: State, folder: Path, card: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from compress.contract import FLOAT
+from compress.contract import FLOAT, GRID, Fact
 from compress.data.calibration import calibration
 from compress.errors import ExportError
 from exporters.base import Exporter, outputs_of
@@ -35,8 +35,9 @@ class Onnx(Exporter):
     """
 
     kind: ClassVar[str] = "onnx"
-    quantize: Literal["none", "fp16", "bf16", "int8_dynamic", "int8_static"] = Field(
-        default="none", description="fp16, bf16: weights alone; int8: the products, by ranges met or calibrated"
+    quantize: Literal["none", "fp16", "bf16", "int8_dynamic", "int8_static", "weight_only"] = Field(
+        default="none",
+        description="fp16, bf16: weights alone; int8: products, by ranges met or calibrated; weight_only: gptq's codes",
     )
     ranges: Literal["minmax", "percentile", "entropy"] = Field(
         default="minmax", description="int8_static: how the ranges of activations are told from calibration"
@@ -61,6 +62,11 @@ class Onnx(Exporter):
     def precision(self) -> str:
         """The number format of its weights."""
         return FLOAT if self.quantize == "none" else self.quantize
+
+    @property
+    def requires(self) -> frozenset[Fact]:
+        """What it must be told of a model besides the model."""
+        return frozenset({GRID}) if self.quantize == "weight_only" else frozenset()
 
     @property
     def allowed(self) -> float:
@@ -101,6 +107,7 @@ class Onnx(Exporter):
         """Bring the graph in a folder to the precision asked for; return what is to be told of it."""
         from compress.target import Target
         from exporters import precision
+        from exporters.weight_only import weight_only
 
         match self.quantize:
             case "fp16" | "bf16":
@@ -111,6 +118,8 @@ class Onnx(Exporter):
                 feed = runtime.open(folder, Target()).feed
                 texts = calibration(state.data, self.samples, batch_size=1)  # one by one there is no padding among them
                 return precision.static_int8(folder, [feed(text) for text in texts], self.ranges, self.form)
+            case "weight_only":
+                return weight_only(folder, state.model, state.facts[GRID.name])
         return {}
 
     def _generated(self, model: PreTrainedModel, session: OnnxSession) -> float:

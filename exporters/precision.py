@@ -54,7 +54,7 @@ def sixteen_bits(folder: Path, kind: str) -> dict[str, Any]:
         )
         put(model.graph, value, wide)
         model.graph.insert_before(model.graph[0], tape.nodes)
-    _save(model, folder)
+    save(model, folder)
     return {"weights": len(found)}
 
 
@@ -137,7 +137,7 @@ def _int8(folder: Path, quantize: Callable[[Path, Path, Sequence[str], bool], No
     products = _products(model.graph)
     if not products:
         raise ExportError("onnx: the graph has no product with a constant matrix; expected some to run in int8")
-    _save(model, folder)
+    save(model, folder)
     plain = onnx.load(folder / FILE)
     for value in plain.graph.value_info:
         value.type.tensor_type.ClearField("shape")
@@ -149,7 +149,7 @@ def _int8(folder: Path, quantize: Callable[[Path, Path, Sequence[str], bool], No
         quantize(source / FILE, goal / FILE, products, reduce)
     quantized = ir.load(goal / FILE)
     left = _products(quantized.graph)
-    _save(quantized, folder)
+    save(quantized, folder)
     for made in (source, goal):
         for path in made.iterdir():
             path.unlink()
@@ -169,7 +169,7 @@ def _products(graph: ir.Graph) -> list[str]:
     return [str(node.name) for node in graph if node.op_type == "MatMul" and is_matrix(node.inputs[1])]
 
 
-def _save(model: ir.Model, folder: Path) -> None:
+def save(model: ir.Model, folder: Path) -> None:
     """Write a graph in the place of the one that its weights were read from."""
     import onnx_ir as ir
 

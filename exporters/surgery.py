@@ -29,7 +29,7 @@ def as_matmul(graph: ir.Graph) -> None:
         ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
         graph.insert_before(node, tape.nodes)
         graph.remove(node, safe=True)
-    _forget_unused(graph)
+    forget_unused(graph)
 
 
 def narrow_tables(graph: ir.Graph) -> int:
@@ -54,7 +54,7 @@ def narrow_tables(graph: ir.Graph) -> int:
             graph.insert_before(node, tape.nodes)
             graph.remove(node, safe=True)
         tables += 1
-    _forget_unused(graph)
+    forget_unused(graph)
     return tables
 
 
@@ -85,7 +85,7 @@ def put(graph: ir.Graph, old: ir.Value, new: ir.Value) -> None:
     del graph.initializers[str(old.name)]
 
 
-def _forget_unused(graph: ir.Graph) -> None:
+def forget_unused(graph: ir.Graph) -> None:
     """Drop the initializers that nothing reads."""
     for name, value in list(graph.initializers.items()):
         if not value.uses() and not value.is_graph_output():

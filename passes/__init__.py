@@ -14,6 +14,7 @@ from passes.pruning.vocabulary import Vocabulary
 from passes.pruning.widths.optin import Optin
 from passes.pruning.widths.prune import Prune
 from passes.pruning.widths.ziplm import ZipLM
+from passes.quantization.gptq import Gptq
 
 PASSES: dict[str, type[Pass]] = {
     "calibrate": Calibrate,
@@ -26,6 +27,7 @@ PASSES: dict[str, type[Pass]] = {
     "minitron": Minitron,
     "slice_hidden": SliceHidden,
     "puzzle": Puzzle,
+    "gptq": Gptq,
     "teach": Teach,
     "distill": Distill,
     "finetune": Finetune,

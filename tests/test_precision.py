@@ -113,7 +113,7 @@ def test_products_are_written_alike_and_compute_the_same(name: str, tmp_path: Pa
     as_matmul(model.graph)
     left = [node for node in model.graph if node.op_type in ("Gemm", "FusedMatMul") and node.inputs[1].const_value]
     assert left == []
-    precision._save(model, tmp_path)
+    precision.save(model, tmp_path)
     met = open_artifact(tmp_path, Target())(inputs)
     for output, value in expected.items():
         np.testing.assert_allclose(met[output], value, rtol=1e-4, atol=1e-4)
