@@ -15,6 +15,7 @@ from passes.pruning.widths.optin import Optin
 from passes.pruning.widths.prune import Prune
 from passes.pruning.widths.ziplm import ZipLM
 from passes.quantization.gptq import Gptq
+from passes.quantization.smooth import Smoothquant
 
 PASSES: dict[str, type[Pass]] = {
     "calibrate": Calibrate,
@@ -27,6 +28,7 @@ PASSES: dict[str, type[Pass]] = {
     "minitron": Minitron,
     "slice_hidden": SliceHidden,
     "puzzle": Puzzle,
+    "smoothquant": Smoothquant,
     "gptq": Gptq,
     "teach": Teach,
     "distill": Distill,
