@@ -21,7 +21,7 @@ def moments(
     modules: Sequence[str],
     batches: Batches,
     view: Callable[[Tensor], Tensor] | None = None,
-    call: Callable[[PreTrainedModel, Mapping[str, Tensor]], Any] | None = None,
+    call: Callable[[Mapping[str, Tensor]], Any] | None = None,
 ) -> dict[str, Any]:
     """Mean and Gram matrix of the inputs ``x`` (in,) of each named linear module or norm, over all tokens but padding.
 
@@ -49,7 +49,7 @@ def moments(
             hooks.callback(handle.remove)
         for batch in batches:
             mask = batch.get("attention_mask")
-            (call or run_body)(model, batch)
+            call(batch) if call else run_body(model, batch)
     facts: dict[str, Any] = {}
     for name, mean in means.items():
         facts |= mean.facts(name)

@@ -156,6 +156,16 @@ def test_a_block_sees_what_the_blocks_before_it_became(tmp_path: Path) -> None:
     torch.testing.assert_close(call["hidden_states"], expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_matrix_that_blocks_share_stays_shared_and_is_rounded_once(tmp_path: Path) -> None:
+    state = state_of(TINY["llama"], tmp_path)
+    first, second = (state.model.get_submodule(f"model.layers.{index}.mlp.down_proj") for index in (0, 1))
+    second.weight = first.weight
+    (after,) = Gptq(bits=4, group=16, samples=8).run(state)
+    assert first.weight is second.weight
+    told = "its matrix is that of model.layers.0.mlp.down_proj"
+    assert after.figures["skipped"] == {"model.layers.1.mlp.down_proj": told}
+
+
 def test_gptq_is_nearer_to_the_model_than_rounding(tmp_path: Path) -> None:
     tiny = TINY["llama"]
     errors = {}

@@ -11,7 +11,8 @@ from compress.contract import GRID, Fact, Part, Pass
 from compress.data.calibration import BATCH, calibration
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
 
     from compress.state import State
 
@@ -54,7 +55,7 @@ class Gptq(Pass):
         seen: dict[int, str] = {}
         blocks = sum(stack.length for stack in state.layout.stacks.values())
         for block in track(entered(state.model, state.layout, batches), "gptq", blocks):
-            layers = {
+            layers: dict[str, Any] = {
                 f"{block.name}.{name}": one
                 for name, one in block.module.named_modules()
                 if isinstance(one, nn.Linear | Conv1D)
@@ -63,15 +64,15 @@ class Gptq(Pass):
                 skipped[name] = f"its matrix is that of {seen[id(layers.pop(name).weight)]}"
             if not layers:
                 continue
-            facts = moments(state.model, list(layers), block.calls, call=lambda model, call: block.run(call))  # noqa: B023
+            facts = moments(state.model, list(layers), block.calls, call=block.run)
             for name, layer in layers.items():
                 turned = isinstance(layer, Conv1D)
                 weight = layer.weight.detach().T if turned else layer.weight.detach()
                 gram = facts.pop(f"{name}.gram")
                 rounded, scale, zero, group = self._rounded(weight, gram)
                 losses[name] = output_error(rounded - weight, gram) / max(output_error(weight, gram), 1e-30)
-                kept = layer.weight.requires_grad
-                layer.weight = nn.Parameter((rounded.T if turned else rounded).contiguous().to(weight.dtype), kept)
+                stored = (rounded.T if turned else rounded).contiguous().to(weight.dtype)
+                put_everywhere(state.model, layer.weight, nn.Parameter(stored, layer.weight.requires_grad))
                 seen[id(layer.weight)] = name
                 grid |= {f"{name}.scale": scale, f"{name}.zero": zero.to(torch.uint8)}
                 grid["layers"].append(name)
@@ -99,3 +100,11 @@ class Gptq(Pass):
                 weight, gram, self.bits, group, symmetric=self.symmetric, order=self.order, damping=self.damping
             )
         return rounded, grid.scale, grid.zero, group
+
+
+def put_everywhere(model: PreTrainedModel, old: nn.Parameter, new: nn.Parameter) -> None:
+    """Put a parameter in the place of another in every module that has it: folded blocks share theirs."""
+    for module in model.modules():
+        for name, held in list(module.named_parameters(recurse=False)):
+            if held is old:
+                setattr(module, name, new)
