@@ -12,7 +12,12 @@ from typing import Any
 from compress.target import machine
 
 RESULTS = Path(__file__).parent / "results"
-PLACES = ("--out", "--data", "--model")  # options that say where things lie on one machine, and change no figure
+PLACES = (
+    "--out",
+    "--data",
+    "--model",
+    "--models",
+)  # options that say where things lie on one machine, and change no figure
 VERSIONS = ("torch", "transformers", "onnxruntime", "onnx", "onnxscript", "accelerate", "numpy")
 
 

@@ -121,6 +121,44 @@ def cached(found: Figures) -> Iterator[str]:
         )
 
 
+def weights(found: Figures) -> Iterator[str]:
+    """Few bits: methods by grids."""
+    dense = found["dense"]
+    yield (
+        f"Dense: perplexity {dense['perplexity']:.2f}, {dense['bytes'] / 1e6:.1f} MB, "
+        f"{dense['milliseconds']:.0f} ms a request of 64 tokens read and 64 written."
+    )
+    yield ""
+    yield (
+        "| method | bits | group | layer loss | perplexity | KL to dense | seconds | artifact MB | its perplexity "
+        "| measured |"
+    )
+    yield "|---|---|---|---|---|---|---|---|---|---|"
+    for row in found["branches"]:
+        made = row["artifact"]
+        speed = interval(made["measured_speedup"], made["measured_low"], made["measured_high"], 2)
+        yield (
+            f"| {row['method']} | {row['bits']} | {row['group']} | {row['layer_loss']:.5f} "
+            f"| {interval(row['perplexity'], *row['perplexity_interval'], 2)} | {row['kl']:.4f} | {row['seconds']:.0f} "
+            f"| {made['bytes'] / 1e6:.1f} | {made['perplexity']:.2f} | {speed} |"
+        )
+
+
+def artifacts(found: Figures) -> Iterator[str]:
+    """An encoder in every precision."""
+    yield "| weights | ranges | form | MB | ms | measured | STS-B Spearman | worst error |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for row in found["artifacts"]:
+        speed = interval(row["measured_speedup"], row["measured_low"], row["measured_high"], 2)
+        static = row.get("quantize") == "int8_static"
+        quality = interval(*(100 * value for value in (row["spearman"], *row["spearman_interval"])), 2)
+        yield (
+            f"| {row.get('quantize', 'float32')} | {row.get('ranges', 'minmax') if static else '-'} "
+            f"| {row.get('form', 'qdq') if static else '-'} | {row['bytes'] / 1e6:.1f} | {row['milliseconds']:.2f} "
+            f"| {speed} | {quality} | {row['worst_error']:.2g} |"
+        )
+
+
 def cost(found: Figures) -> Iterator[str]:
     """What pruning and importing cost."""
     yield "| what | figure |"
@@ -139,6 +177,8 @@ SUITES: dict[str, tuple[str, Callable[[Figures], Iterator[str]]]] = {
     "recovery-cached-stories15m": ("stories15M without a block, recovered by what its teacher said once", cached),
     "recovery-cached-smollm2": ("The same for SmolLM2-135M", cached),
     "recovery-draft-stories15m": ("stories15M without blocks as the draft of its whole self", drafts),
+    "quantization-weights": ("stories15M with the weights of its blocks in few bits: GPTQ against rounding", weights),
+    "quantization-artifacts": ("MiniLM-L6 in ONNX Runtime by precision, each artifact judged by itself", artifacts),
     "cost": ("Cost of statistics, database and search, and of starting up", cost),
     "cost-mpnet": ("The same for MPNet-base, 109 M parameters", cost),
     "cost-smollm2": ("The same for SmolLM2-135M", cost),

@@ -37,7 +37,7 @@ class Result:
         """Everything that was exported, branch by branch."""
         from compress.runtimes import Artifact
 
-        return [Artifact(**artifact) for branch in self.report["branches"] for artifact in branch["artifacts"]]
+        return [Artifact.told(artifact) for branch in self.report["branches"] for artifact in branch["artifacts"]]
 
     @property
     def models(self) -> dict[str, PreTrainedModel]:

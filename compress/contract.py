@@ -40,6 +40,7 @@ TEACHER = Fact("teacher", Part.NONE, "the dense model that recovery imitates and
 STATISTICS = Fact("statistics", Part.SHAPE | Part.VALUES, "Gram matrices of the inputs of the prunable projections")
 VOCABULARY = Fact("vocabulary", Part.NONE, "the tokens of the dense model that are left, where some were dropped")
 ROWS = Fact("rows", Part.NONE, "the rows that steps train on, where a step before them made or chose some")
+GRID = Fact("grid", Part.SHAPE | Part.VALUES | Part.FORMAT, "the scales and zeros of the grid that weights lie on")
 PREDICTIONS = Fact(
     "predictions",
     Part.NONE,
@@ -53,7 +54,9 @@ STATES = Fact(
     frozenset({TEACHER, VOCABULARY, ROWS}),
 )
 
-FACTS = {fact.name: fact for fact in (TEACHER, STATISTICS, VOCABULARY, ROWS, PREDICTIONS, STATES)}
+FACTS = {fact.name: fact for fact in (TEACHER, STATISTICS, VOCABULARY, GRID, ROWS, PREDICTIONS, STATES)}
+
+FLOAT = "float32"  # the number format of a model that was not quantized
 
 
 class Options(BaseModel):

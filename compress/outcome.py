@@ -15,14 +15,14 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from compress import store
-from compress.contract import Part
-from compress.evaluate import evaluate, layer_similarity
+from compress.contract import FLOAT, Part
+from compress.evaluate import layer_similarity
+from compress.exports import Export, export, on_target, quality, settle
 from compress.families import layout_of
 from compress.measure import Timing, measure, speedup
 from compress.plan import Node
 from compress.progress import say
 from compress.runner import Run, digest, remembered
-from compress.runtimes import RUNTIMES, Artifact
 from compress.runtimes.base import digest_of
 from compress.state import State, dense_name
 from compress.target import Target, machine
@@ -33,98 +33,86 @@ BEFORE = "quality_before_recovery"
 
 def outcome(run: Run, leaves: Sequence[Node], out: Path, started: float) -> dict[str, Any]:
     """Export, measure and judge every branch; return the report."""
-    branches, artifacts = [], []
+    branches, made, wholes = [], [], []
     for leaf in leaves:
         state = run.state(leaf)
-        branches.append(_branch(run, leaf, state, out))
-        artifacts.append(_measured(run, leaf, state, branches[-1]))
+        branches.append(_branch(run, leaf, state))
+        made.append(export(run, leaf, state, out / leaf.branch if leaf.branch else out, branches[-1]))
+        wholes.append(_whole(run, leaf, state, made[-1]))
     baseline = run.state(leaves[0])  # where branches had dense models of their own, the first one's is the baseline
-    timings = _timings(run, [baseline.dense_artifact(), *artifacts])
-    for branch, timing in zip(branches, timings[1:], strict=True):
-        ratio = speedup(timings[0], timing)
+    exported = [one.path for exports in made for one in exports if on_target(run, one.path)]
+    times = _timings(run, [baseline.dense_artifact(), *dict.fromkeys([*wholes, *exported])])
+    first = next(iter(times.values()))
+    for branch, exports, whole in zip(branches, made, wholes, strict=True):
+        ratio = speedup(first, times[whole])
         promised = branch["promised_speedup"]
         branch |= {
             "measured_speedup": ratio.value,
             "measured_low": ratio.low,
             "measured_high": ratio.high,
             "met": None if promised is None else ratio.value >= promised,
-            **_told(timing, run.plan.target),
+            **_told(times[whole], run.plan.target),
+            "artifacts": [settle(run, one, branch, times, whole) for one in exports],
         }
     dense = baseline.dense.model
     stored = run.cache / "quality" / digest([run.root_key, baseline.dense.source])
+    scores = quality(stored, dense, baseline.as_dense(), "the dense model")
     return {
         "schema": 1,
+        "headline": next((metric for metric in run.task.metrics if metric in scores["quality"]), None),
         "environment": {**machine(), "target": run.plan.target.fingerprint()["target"]},
         "plan": run.plan.to_yaml(),
         "task": run.task.name,
         "seconds": round(time.monotonic() - started, 1),
         "baseline": {
             **_size(dense),
-            **_told(timings[0], run.plan.target),
-            **_quality(stored, baseline.as_dense(), "quality"),
+            **_told(first, run.plan.target),
+            **scores,
         },
         "branches": branches,
     }
 
 
-def _branch(run: Run, leaf: Node, state: State, out: Path) -> dict[str, Any]:
-    """Everything about one leaf but its speed."""
+def _branch(run: Run, leaf: Node, state: State) -> dict[str, Any]:
+    """Everything about one leaf but its artifacts and its speed."""
     chain = [leaf]
     while chain[0].parents:
         chain.insert(0, chain[0].parents[0])
     rows = [store.row_of(run.folder(node)) for node in chain]
-    quality = _quality(run.folder(leaf), state, "quality")
-    before = {name.replace("quality", BEFORE): scores for name, scores in quality.items()}
+    scores = quality(run.folder(leaf), state.model, state)
+    before = {name.replace("quality", BEFORE): found for name, found in scores.items()}
     shaped = [node for node in chain if Part.SHAPE in node.step.do.touches]
     if shaped and shaped[-1] is not leaf:
-        before = _quality(run.folder(shaped[-1]), run.state(shaped[-1]), BEFORE)
+        earlier = run.state(shaped[-1])
+        found = quality(run.folder(shaped[-1]), earlier.model, earlier)
+        before = {name.replace("quality", BEFORE): one for name, one in found.items()}
     pruned: dict[str, Any] = next((row["figures"] for row in rows[::-1] if "promised" in row["figures"]), {})
-    branch: dict[str, Any] = {
+    return {
         "name": leaf.branch or "compressed",
         "promised_speedup": pruned.get("promised"),
         "measured_speedup": pruned.get("measured"),  # for the model card; that of the artifacts takes its place
         **_size(state.model),
         **before,
-        **quality,
+        **scores,
         "layers": remembered(run.folder(leaf) / "layers.json", lambda: layer_similarity(state)),
-        "warnings": overfitted(run.task, {**before, **quality}),
+        "warnings": overfitted(run.task, {**before, **scores}),
         "steps": rows,
         "axes": _axes(state),
     }
-    home = out / leaf.branch if leaf.branch else out
-    branch["artifacts"] = [_export(run, leaf, exporter, state, home, branch) for exporter in run.plan.export]
-    return branch
 
 
-def _export(run: Run, leaf: Node, exporter: Any, state: State, home: Path, card: Mapping[str, Any]) -> dict[str, Any]:
-    """Run one exporter, unless the very artifact is there already."""
-    made = run.cache / "artifacts" / f"{digest([run.key(leaf), exporter.key_material(), str(home)])}.json"
-    if made.exists():
-        found = Artifact(**remembered(made, dict))
-        if found.intact():
-            return asdict(found)
-        made.unlink()
-    say(f"exporting {exporter.name} to {home}")
-    return remembered(made, lambda: asdict(exporter.do.run(state, home / exporter.do.folder, card)))
-
-
-def _measured(run: Run, leaf: Node, state: State, branch: Mapping[str, Any]) -> Path:
-    """The branch's artifact for the target's runtime: the exported one, or one built only to be measured.
-
-    A decoder exported without its cache can't be compared with the dense one, which has it.
-    """
-    runtime = RUNTIMES[run.plan.target.chosen]
-    for artifact in branch["artifacts"]:
-        path = Path(artifact["path"])
-        if runtime.holds(path) and (runtime.generates(path) or not run.task.generates):
-            return path
+def _whole(run: Run, leaf: Node, state: State, made: Sequence[Export]) -> Path:
+    """The branch's model in float32 for the target's runtime: as it was exported, or built only to be measured."""
+    for one in made:
+        if one.row["precision"] == FLOAT and on_target(run, one.path):
+            return one.path
     folder = run.cache / "built" / run.key(leaf)
     if not folder.exists():
         state.build(state.model, folder)
     return folder
 
 
-def _timings(run: Run, artifacts: Sequence[Path]) -> list[Timing]:
+def _timings(run: Run, artifacts: Sequence[Path]) -> dict[Path, Timing]:
     """Time artifacts, the dense one first, in turn, in one process of the target's runtime."""
     digests = [digest_of(path) for path in artifacts]
     stored = run.cache / "timings" / f"{digest([run.plan.target.fingerprint(), digests])}.json"
@@ -133,7 +121,8 @@ def _timings(run: Run, artifacts: Sequence[Path]) -> list[Timing]:
         say(f"measuring {len(artifacts)} artifacts on {run.plan.target.chosen}")
         return [asdict(timing) for timing in measure(artifacts, run.plan.target)]
 
-    return [Timing(**timing) for timing in remembered(stored, time_them)]
+    found = [Timing(**timing) for timing in remembered(stored, time_them)]
+    return dict(zip(artifacts, found, strict=True))
 
 
 def _told(timing: Timing, target: Target) -> dict[str, Any]:
@@ -150,27 +139,6 @@ def _size(model: PreTrainedModel) -> dict[str, int]:
         "parameters": sum(one.numel() for one in parameters),
         "bytes": sum(one.numel() * one.element_size() for one in parameters),
     }
-
-
-def _quality(folder: Path, state: State, name: str) -> dict[str, Any]:
-    """Scores of a state's model, fidelity to its teacher among them, values and intervals apart as the report has them.
-
-    Those of the test split under `name`, those of another domain, where the data has one, under `name`_other.
-    """
-    found: dict[str, Any] = {}
-    for split, key in (("test", name), ("other", f"{name}_other")):
-        if split not in state.data.splits:
-            continue
-
-        def judge(split: str = split) -> dict[str, Any]:
-            say(f"judging quality on the {split} split")
-            scores = evaluate(state.model, state.data, state.task, split=split, teacher=state.teacher)
-            return {metric: asdict(score) for metric, score in scores.items()}
-
-        scores = remembered(folder / f"quality_{split}.json", judge)
-        found[key] = {metric: score["value"] for metric, score in scores.items()}
-        found[f"{key}_interval"] = {metric: [score["low"], score["high"]] for metric, score in scores.items()}
-    return found
 
 
 def overfitted(task: Task, scores: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -21,10 +21,12 @@ def moments(
     modules: Sequence[str],
     batches: Batches,
     view: Callable[[Tensor], Tensor] | None = None,
+    call: Callable[[Mapping[str, Tensor]], Any] | None = None,
 ) -> dict[str, Any]:
     """Mean and Gram matrix of the inputs ``x`` (in,) of each named linear module or norm, over all tokens but padding.
 
-    A `view` of them, (tokens, in) -> (tokens, in), is looked at in place of the inputs themselves.
+    A `view` of them, (tokens, in) -> (tokens, in), is looked at in place of the inputs themselves. `call` says how a
+    batch goes through the model where not all of it need run.
 
     Returns, for each module, ``{module}.gram``: mean of ``x x^T`` (in, in), ``{module}.mean``: mean of ``x`` (in,),
     both float32 and divided by the number of tokens, and ``{module}.count``: that number. One float32 matrix a module
@@ -47,7 +49,7 @@ def moments(
             hooks.callback(handle.remove)
         for batch in batches:
             mask = batch.get("attention_mask")
-            run_body(model, batch)
+            call(batch) if call else run_body(model, batch)
     facts: dict[str, Any] = {}
     for name, mean in means.items():
         facts |= mean.facts(name)

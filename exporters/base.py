@@ -7,10 +7,13 @@ import shutil
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from compress.contract import Options
+from pydantic import Field, model_validator
+
+from compress.contract import FLOAT, Fact, Options
 from compress.errors import ExportError
+from compress.verdict import KeepIf
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,14 +26,39 @@ SENTENCE_FILES = ("modules.json", "sentence_bert_config.json", "config_sentence_
 
 
 class Exporter(Options):
-    """One kind of artifact: its fields are its options in a plan; `folder` is where in a run's output it lies."""
+    """One kind of artifact: its fields are its options in a plan."""
 
     kind: ClassVar[str]
-    folder: ClassVar[str]
+
+    keep_if: KeepIf | None = Field(default=None, description="put aside what doesn't pay; null keeps it")
+
+    @model_validator(mode="after")
+    def _comparable(self) -> Self:
+        if self.keep_if is not None and self.precision == FLOAT:
+            raise ValueError("keep_if compares what is quantized with what isn't, and this is not quantized")
+        return self
+
+    @property
+    def folder(self) -> str:
+        """Where in a run's output it lies."""
+        return self.kind
+
+    @property
+    def precision(self) -> str:
+        """The number format of its weights; any but float32 makes of the artifact a model to be judged by itself."""
+        return FLOAT
+
+    @property
+    def requires(self) -> frozenset[Fact]:
+        """What it must be told of a model besides the model."""
+        return frozenset()
 
     @abstractmethod
-    def write(self, state: State, folder: Path, card: Mapping[str, Any]) -> float:
-        """Write the state's model into an empty folder and return the worst difference between the two."""
+    def write(self, state: State, folder: Path, card: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
+        """Write the state's model into an empty folder.
+
+        Returns the worst difference between the two, and what the report is to tell of the artifact (JSON values).
+        """
 
     def run(self, state: State, folder: Path, card: Mapping[str, Any] | None = None) -> Artifact:
         """Write the artifact to `folder`, whole or not at all; `card` holds figures to tell to its readers.
@@ -47,7 +75,7 @@ class Exporter(Options):
         try:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
-            worst = self.write(state, unfinished, card or {})
+            worst, figures = self.write(state, unfinished, card or {})
             _copy_sentence_files(state.dense.source, unfinished)
             shutil.rmtree(folder, ignore_errors=True)
             unfinished.rename(folder)
@@ -55,7 +83,7 @@ class Exporter(Options):
             raise ExportError(f"{folder}: can't be written: {error}") from error
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
-        return Artifact.of(self.kind, folder, worst)
+        return Artifact.of(self.kind, folder, worst, self.precision, figures)
 
 
 def outputs_of(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -21,16 +21,20 @@ class HuggingFace(Exporter):
     """Weights in safetensors, config, tokenizer and README.md; what is read back equals the model bit for bit."""
 
     kind: ClassVar[str] = "huggingface"
-    folder: ClassVar[str] = "model"
 
-    def write(self, state: State, folder: Path, card: Mapping[str, Any]) -> float:
+    @property
+    def folder(self) -> str:
+        """Where in a run's output it lies."""
+        return "model"
+
+    def write(self, state: State, folder: Path, card: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
         """Save, load with plain `from_pretrained`, and compare weights and outputs."""
         from compress import checkpoint
 
         checkpoint.save(state.model, folder, state.tokenizer)
         (folder / "README.md").write_text(model_card(state, card), encoding="utf-8")
         _compare(state.model, folder, state)
-        return 0.0
+        return 0.0, {}
 
 
 def model_card(state: State, card: Mapping[str, Any]) -> str:

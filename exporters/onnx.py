@@ -6,8 +6,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from compress.contract import FLOAT, GRID, Fact
+from compress.data.calibration import calibration
 from compress.errors import ExportError
 from exporters.base import Exporter, outputs_of
 
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from compress.runtimes.onnx import OnnxSession
+    from compress.runtimes.onnx import OnnxRuntime, OnnxSession
     from compress.state import State
 
 SHAPES = ((1, 5), (3, 13), (4, 32))  # batch and sequence of the checks; none is the shape of the export
@@ -29,16 +31,49 @@ class Onnx(Exporter):
 
     `cache` lets a decoder take and give its key-value cache, so that a step runs one token; auto does so where the task
     is to generate text. `tolerance` is the largest error taken, relative to the largest magnitude of the output it is
-    found in (or to 1).
+    found in (or to 1); a quantized graph may differ by any finite one unless it is given, and is judged by its quality.
     """
 
     kind: ClassVar[str] = "onnx"
-    folder: ClassVar[str] = "onnx"
-    quantize: Literal["none"] = "none"
+    quantize: Literal["none", "fp16", "bf16", "int8_dynamic", "int8_static", "weight_only"] = Field(
+        default="none",
+        description="fp16, bf16: weights alone; int8: products, by ranges met or calibrated; weight_only: gptq's codes",
+    )
+    ranges: Literal["minmax", "percentile", "entropy"] = Field(
+        default="minmax", description="int8_static: how the ranges of activations are told from calibration"
+    )
+    form: Literal["qdq", "qoperator"] = Field(default="qdq", description="int8_static: how the graph is written")
+    samples: int = Field(default=128, ge=1, description="int8_static: calibration texts")
     cache: Literal["auto"] | bool = "auto"
-    tolerance: float = Field(default=1e-3, gt=0)
+    tolerance: float | None = Field(default=None, gt=0, description="null: 1e-3, and any where quantized")
 
-    def write(self, state: State, folder: Path, card: Mapping[str, Any]) -> float:
+    @model_validator(mode="after")
+    def _calibrated(self) -> Onnx:
+        if self.quantize != "int8_static" and (said := self.model_fields_set & {"ranges", "form", "samples"}):
+            raise ValueError(f"'{min(said)}' is for quantize: int8_static, met quantize: {self.quantize}")
+        return self
+
+    @property
+    def folder(self) -> str:
+        """Where in a run's output it lies."""
+        return self.kind if self.quantize == "none" else f"{self.kind}-{self.quantize}"
+
+    @property
+    def precision(self) -> str:
+        """The number format of its weights."""
+        return FLOAT if self.quantize == "none" else self.quantize
+
+    @property
+    def requires(self) -> frozenset[Fact]:
+        """What it must be told of a model besides the model."""
+        return frozenset({GRID}) if self.quantize == "weight_only" else frozenset()
+
+    @property
+    def allowed(self) -> float:
+        """The largest relative error taken."""
+        return self.tolerance or (1e-3 if self.quantize == "none" else float("inf"))
+
+    def write(self, state: State, folder: Path, card: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
         """Export, open in ONNX Runtime, and compare outputs on random inputs of other shapes, padding among them."""
         from compress.runtimes import example_inputs
         from compress.runtimes.onnx import OnnxRuntime
@@ -48,6 +83,7 @@ class Onnx(Exporter):
         runtime.require()
         cache = state.task.generates if self.cache == "auto" else self.cache
         runtime.build(state.model, example_inputs(state.model, state.tokenizer, 2, 16), folder, cache=cache)
+        figures = self._quantized(state, folder, runtime)
         if state.tokenizer is not None:
             state.tokenizer.save_pretrained(folder)
         session = runtime.open(folder, Target())
@@ -57,14 +93,34 @@ class Onnx(Exporter):
             for name, expected in outputs_of(state.model, inputs).items():
                 if name not in met:
                     raise ExportError(f"onnx: output '{name}' is missing; found {', '.join(met)}")
-                error, allowed = _error(expected, met[name], inputs.get("attention_mask"), self.tolerance)
+                error, allowed = _error(expected, met[name], inputs.get("attention_mask"), self.allowed)
                 worst = max(worst, error)
-                if not error <= allowed:
+                if not error <= allowed or error == float("inf"):
                     raise ExportError(
                         f"onnx: output '{name}' differs by {error:.3g} on inputs of shape {shape}; "
                         f"expected at most {allowed:.3g}"
                     )
-        return max(worst, self._generated(state.model, session)) if session.cached else worst
+        exact = session.cached and self.quantize == "none"
+        return max(worst, self._generated(state.model, session)) if exact else worst, figures
+
+    def _quantized(self, state: State, folder: Path, runtime: OnnxRuntime) -> dict[str, Any]:
+        """Bring the graph in a folder to the precision asked for; return what is to be told of it."""
+        from compress.target import Target
+        from exporters import precision
+        from exporters.weight_only import weight_only
+
+        match self.quantize:
+            case "fp16" | "bf16":
+                return precision.sixteen_bits(folder, {"fp16": "FLOAT16", "bf16": "BFLOAT16"}[self.quantize])
+            case "int8_dynamic":
+                return precision.dynamic_int8(folder)
+            case "int8_static":
+                feed = runtime.open(folder, Target()).feed
+                texts = calibration(state.data, self.samples, batch_size=1)  # one by one there is no padding among them
+                return precision.static_int8(folder, [feed(text) for text in texts], self.ranges, self.form)
+            case "weight_only":
+                return weight_only(folder, state.model, state.facts[GRID.name])
+        return {}
 
     def _generated(self, model: PreTrainedModel, session: OnnxSession) -> float:
         """Largest error of the logits in generation; raises ExportError where tokens or logits aren't the model's.
@@ -88,7 +144,7 @@ class Onnx(Exporter):
                 expected = model.eval().generate(prompt, attention_mask=mask, generation_config=asked)
             model.train(was_training)
             tokens, logits = decoder.generate(session.session, prompt.cpu().numpy(), TOKENS)
-            error, allowed = _error(torch.stack(expected.logits).cpu(), np.stack(logits), None, self.tolerance)
+            error, allowed = _error(torch.stack(expected.logits).cpu(), np.stack(logits), None, self.allowed)
             worst = max(worst, error)
             wrong = np.flatnonzero((tokens != expected.sequences[:, sequence:].cpu().numpy()).any(axis=0))
             if wrong.size or not error <= allowed:

@@ -15,6 +15,8 @@ from passes.pruning.vocabulary import Vocabulary
 from passes.pruning.widths.optin import Optin
 from passes.pruning.widths.prune import Prune
 from passes.pruning.widths.ziplm import ZipLM
+from passes.quantization.gptq import Gptq
+from passes.quantization.smooth import Smoothquant
 from passes.rows.select import Select
 from passes.rows.self_data import SelfData
 
@@ -29,6 +31,8 @@ PASSES: dict[str, type[Pass]] = {
     "minitron": Minitron,
     "slice_hidden": SliceHidden,
     "puzzle": Puzzle,
+    "smoothquant": Smoothquant,
+    "gptq": Gptq,
     "self_data": SelfData,
     "select": Select,
     "teach": Teach,

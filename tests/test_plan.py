@@ -677,7 +677,13 @@ def test_files_that_are_no_text(tmp_path: Path, text: bytes, part: str) -> None:
 def test_explain_names_the_contract_and_the_branches() -> None:
     plan = steps("  - measure\n  - cut: {speedups: [1.5, 2]}\n  - train")
     told = explain(plan)
-    for part in ("1 cut", "needs   statistics, teacher", "gives   statistics", "spoils  statistics", "1.5x, 2.0x"):
+    for part in (
+        "1 cut",
+        "needs   statistics, teacher",
+        "gives   statistics",
+        "spoils  grid, statistics",
+        "1.5x, 2.0x",
+    ):
         assert part in told
     graph = mermaid(plan)
     assert graph.startswith("flowchart TD")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 from benchmarks import tables
 from compress import latency
 from compress.data import DataOptions
-from compress.plan import Plan, Tables, leaves
+from compress.plan import Plan, Tables
 from exporters import EXPORTERS
 from passes import PASSES
 from tests.world import make_world
@@ -48,7 +49,7 @@ def test_the_python_blocks_run_one_after_another(world: Path, monkeypatch: pytes
     assert shared["hidden"].shape[::2] == (2, 32)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("text", blocks("plan"), ids=["branches", "gradual", "losses", "cached"])
+@pytest.mark.parametrize("text", blocks("plan"), ids=["branches", "gradual", "precision", "losses", "cached"])
 def test_the_plan_is_fit_and_the_commands_about_it_run(text: str, world: Path) -> None:
     (world / "plan.yaml").write_text(text)
     for command in ("check plan.yaml", "explain plan.yaml", "explain plan.yaml --mermaid", "schema", "doctor"):
@@ -59,14 +60,15 @@ def test_the_plan_is_fit_and_the_commands_about_it_run(text: str, world: Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("text", blocks("plan"), ids=["branches", "gradual", "losses", "cached"])
+@pytest.mark.parametrize("text", blocks("plan"), ids=["branches", "gradual", "precision", "losses", "cached"])
 def test_the_plan_runs(text: str, world: Path, tmp_path: Path) -> None:
     (world / "plan.yaml").write_text(text)
     words = [sys.executable, "-m", "compress.cli", "run", "plan.yaml", "--out", str(tmp_path / "out")]
     subprocess.run(words, cwd=world, env=_environment(), check=True)
-    for leaf in leaves(Plan.read(text, Tables(PASSES, EXPORTERS)).nodes()):
-        assert (tmp_path / "out" / leaf.branch / "model" / "model.safetensors").exists()
-        assert (tmp_path / "out" / leaf.branch / "onnx" / "model.onnx").exists()
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    artifacts = [artifact for branch in report["branches"] for artifact in branch["artifacts"]]
+    assert artifacts
+    assert all(Path(artifact["path"], "config.json").exists() for artifact in artifacts)
 
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.name)

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from compress.contract import STATISTICS
+from compress.data.calibration import calibration
 from compress.errors import TargetError
 from compress.families import layout_of
-from passes.pruning.calibrate import Calibrate, calibration
+from passes.pruning.calibrate import Calibrate
 from passes.pruning.promise import Menu
 from passes.pruning.search.best import Best
 from passes.pruning.search.choice import Choice, Evolution, Spdy

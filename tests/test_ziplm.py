@@ -11,11 +11,12 @@ import torch
 from pydantic import ValidationError
 
 from compress.contract import STATISTICS, TEACHER, Part
+from compress.data.calibration import calibration
 from compress.errors import DataError, LayoutError, TargetError
 from compress.statistics import run_body
 from passes import PASSES
 from passes.pruning.amounts import counted, of_one_unit
-from passes.pruning.calibrate import Calibrate, calibration
+from passes.pruning.calibrate import Calibrate
 from passes.pruning.promise import Menu, pursue
 from passes.pruning.widths.database import Curve, Fit, cut_to, silence_, surgery
 from passes.pruning.widths.prune import Prune

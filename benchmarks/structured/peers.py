@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from passes.pruning.calibrate import calibration
+from compress.data.calibration import calibration
 from passes.pruning.search.choice import Choice
 from passes.pruning.widths.database import Curve
 from passes.pruning.widths.structured import StructuredPruning

@@ -203,8 +203,13 @@ def _road(parents: Sequence[Node]) -> list[str]:
     return [key for key in shared if key] + [apart[index].label for index in sorted(apart)]
 
 
-def contradictions(steps: Steps, passes: Mapping[str, type[Pass]]) -> list[Problem]:
-    """What is wrong with the order of the steps, before anything runs; `passes` helps to name a missing step."""
+def contradictions(
+    steps: Steps, passes: Mapping[str, type[Pass]], exports: Sequence[tuple[str, frozenset[Fact]]] = ()
+) -> list[Problem]:
+    """What is wrong with the order of the steps, before anything runs; `passes` helps to name a missing step.
+
+    `exports` are what leaves, each with the facts that it needs of every model that leaves.
+    """
     followed, problems = follow(steps)
     links = chain(steps, followed)
     told: dict[tuple[Path, str], Problem] = {}  # a gradual step's passes are looked at for each speed-up, and told once
@@ -236,17 +241,31 @@ def contradictions(steps: Steps, passes: Mapping[str, type[Pass]]) -> list[Probl
         known.append((facts - stale) | do.provides)
         spoiled.append({**lost, **dict.fromkeys(stale, index)})
         fixed.append(index if format_by is None and do.touches & Part.FORMAT else format_by)
+    followed_on = {(end, link.number[0]) for link in links for ends in link.follows for end in ends}
+    inner = {end for end, by in followed_on if links[end].number[0] != by or not links[end].ends}
+    final = [facts for index, facts in enumerate(known) if index not in inner]
+    for index, (name, needed) in enumerate(exports):
+        for fact in sorted(needed, key=lambda fact: fact.name):
+            if not all(fact in facts for facts in final):
+                givers = " or ".join(_givers(links, fact, passes))
+                text = f"needs '{fact.name}' ({fact.meaning}) of what leaves; expected {givers} as the last step"
+                tell(("export", index, name), fact.name, text)
     return [*problems, *told.values()]
+
+
+def _givers(links: Sequence[Link], fact: Fact, passes: Mapping[str, type[Pass]]) -> list[str]:
+    """Names of the passes that give a fact."""
+    # A contract that depends on options is a property, which a class can't answer.
+    listed = [name for name, cls in passes.items() if isinstance(cls.provides, frozenset) and fact in cls.provides]
+    givers = listed or list(dict.fromkeys(link.step.name for link in links if fact in link.step.do.provides))
+    return givers or ["one that does"]
 
 
 def _missing(
     links: Sequence[Link], index: int, fact: Fact, spoiler: int | None, passes: Mapping[str, type[Pass]]
 ) -> str:
     """Say that a pass misses a fact, who spoiled it and what would mend it."""
-    # A contract that depends on options is a property, which a class can't answer.
-    listed = [name for name, cls in passes.items() if isinstance(cls.provides, frozenset) and fact in cls.provides]
-    givers = listed or list(dict.fromkeys(link.step.name for link in links if fact in link.step.do.provides))
-    needs, giver = f"needs '{fact.name}' ({fact.meaning})", " or ".join(givers or ["one that does"])
+    needs, giver = f"needs '{fact.name}' ({fact.meaning})", " or ".join(_givers(links, fact, passes))
     if spoiler is not None:
         by, mine = links[spoiler].place, links[index].number
         if links[spoiler].number[0] == mine[0] and links[spoiler].number >= mine:

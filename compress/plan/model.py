@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
+from compress.contract import Fact
 from compress.data import DataOptions
 from compress.errors import PlanError
 from compress.plan.graph import Node, contradictions, expand
@@ -113,7 +114,14 @@ def _problems(parts: Mapping[str, Any], tables: Tables) -> list[Problem]:
     if not steps:
         return [*obstacles(parts), Problem(("passes",), "there is none; expected a list with at least one pass")]
     built = [Step(**step) if isinstance(step, dict) else step for step in steps]
-    return [*obstacles(parts), *stages(built), *contradictions(built, tables.passes)]
+    exports = [_needs(export) for export in parts.get("export") or ()]
+    return [*obstacles(parts), *stages(built), *contradictions(built, tables.passes, exports)]
+
+
+def _needs(export: Any) -> tuple[str, frozenset[Fact]]:
+    """The name of an exporter and the facts that it needs, of one in a plan or of the fields of one."""
+    built = Export(**export) if isinstance(export, dict) else export
+    return built.name, getattr(built.do, "requires", frozenset())
 
 
 def _without_echo(told: Sequence[Problem], found: Sequence[Problem]) -> list[Problem]:

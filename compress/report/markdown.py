@@ -110,9 +110,16 @@ def timeline(branch: Branch) -> str:
 
 def artifacts(report: Report) -> str:
     """Files that left the run."""
+    metric = wording.headline(report)
     rows = [
-        (branch.name, one.kind, one.path, wording.scaled(one.bytes, "B"), one.sha256, wording.error(one.worst_error))
+        (
+            branch.name, one.kind, one.precision, one.path, wording.scaled(one.bytes, "B"),
+            wording.latency(one.milliseconds), wording.speed(one),
+            wording.scored(one, metric) if metric else wording.ABSENT,
+            wording.error(one.worst_error), wording.stay(one), one.sha256,
+        )
         for branch in report.branches
         for one in branch.artifacts
-    ]
-    return table(("model", "kind", "path", "size", "sha256", "worst error"), rows)
+    ]  # fmt: skip
+    head = ("model", "kind", "weights", "path", "size", "latency", "speed-up", metric or "quality", "worst error", "")
+    return table((*head, "sha256"), rows)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator, model_validator
 
+from compress.contract import FLOAT
 from compress.errors import DataError
 
 VERSION = 1
@@ -45,14 +46,36 @@ class Step(Record):
     figures: Figures = Field(default_factory=Figures)
 
 
-class Artifact(Record):
-    """A file or folder that leaves the run, read back and compared with the model it came from."""
+class Speed(Record):
+    """What is told alike of a branch and of an artifact."""
+
+    measured_speedup: float | None = Field(None, gt=0, description="ratio of medians to the dense artifact")
+    measured_low: float | None = None
+    measured_high: float | None = None
+    quality: dict[str, float | None] = Field({}, description="metric -> value on held-out data")
+    quality_interval: dict[str, Interval | None] = {}
+
+    @property
+    def measured_interval(self) -> Interval | None:
+        """The interval of the measured speed-up, where both of its ends are known."""
+        if self.measured_low is None or self.measured_high is None:
+            return None
+        return self.measured_low, self.measured_high
+
+
+class Artifact(Speed):
+    """A file or folder that leaves the run, compared with its model, and judged by itself, in its own runtime."""
 
     kind: str = Field(description="the exporter")
     path: str = Field(description="where it was written")
     bytes: int = Field(ge=0)
     sha256: str
     worst_error: float | None = Field(None, ge=0, description="largest difference of an output; 0: equal to the bit")
+    precision: str = Field(FLOAT, description="number format of its weights")
+    figures: Figures = Field(default_factory=Figures, description="what its exporter tells of it")
+    milliseconds: float | None = Field(None, gt=0, description="median latency; null off the target's runtime")
+    kept: bool = Field(True, description="whether it paid, where that was asked")
+    reason: str | None = Field(None, description="why it was kept or put aside")
 
 
 class Axis(Record):
@@ -99,14 +122,11 @@ class Measured(Record):
     warnings: list[str] = Field([], description="doubts about the figures")
 
 
-class Branch(Measured):
+class Branch(Measured, Speed):
     """One compressed model."""
 
     name: str
     promised_speedup: float | None = Field(None, gt=0, description="null where none was asked for")
-    measured_speedup: float | None = Field(None, gt=0, description="ratio of medians to the dense artifact")
-    measured_low: float | None = None
-    measured_high: float | None = None
     met: bool | None = Field(None, description="whether the promise was kept; null where none was made")
     cause: str | None = Field(None, description="why a promise was missed")
     quality_before_recovery: dict[str, float | None] = {}
@@ -119,13 +139,6 @@ class Branch(Measured):
     artifacts: list[Artifact] = []
     steps: list[Step] = []
     axes: list[Axis] = []
-
-    @property
-    def measured_interval(self) -> Interval | None:
-        """The interval of the measured speed-up, where both of its ends are known."""
-        if self.measured_low is None or self.measured_high is None:
-            return None
-        return self.measured_low, self.measured_high
 
 
 class Report(Record):

@@ -8,7 +8,8 @@ from pathlib import PurePath
 import yaml
 from pydantic import JsonValue
 
-from compress.report.schema import Axis, Branch, Interval, Measured, Report, Step
+from compress.contract import FLOAT
+from compress.report.schema import Artifact, Axis, Branch, Interval, Measured, Report, Step
 
 ABSENT = "not measured"
 LOWER_IS_BETTER = frozenset({"perplexity", "kl", "loss", "calibration_error"})
@@ -85,7 +86,7 @@ def promise(branch: Branch) -> str:
     return "none" if branch.promised_speedup is None else f"{branch.promised_speedup:g}x"
 
 
-def speed(branch: Branch) -> str:
+def speed(branch: Branch | Artifact) -> str:
     """The measured speed-up with its interval: ``2.03x [2.01, 2.05]``."""
     limits = branch.measured_interval
     return times(branch.measured_speedup) + (f" [{limits[0]:.2f}, {limits[1]:.2f}]" if limits else "")
@@ -96,7 +97,7 @@ def measured(branch: Branch) -> str:
     return ABSENT if branch.measured_speedup is None else f"{speed(branch)} measured"
 
 
-def scored(model: Measured, metric: str) -> str:
+def scored(model: Measured | Artifact, metric: str) -> str:
     """A metric of a model with its interval."""
     return f"{figure(model.quality.get(metric))} {interval(model.quality_interval.get(metric))}".rstrip()
 
@@ -126,6 +127,12 @@ def fate(axis: Axis) -> str:
 def error(worst: float | None) -> str:
     """The worst error of an artifact against its model."""
     return ABSENT if worst is None else "0, equal to the bit" if worst == 0 else f"{worst:.1e}"
+
+
+def stay(artifact: Artifact) -> str:
+    """Whether an artifact was kept, and why, where that was asked."""
+    word = "kept" if artifact.kept else "put aside"
+    return f"{word}: {artifact.reason}" if artifact.reason else word
 
 
 def standing(branch: Branch) -> str:
@@ -209,6 +216,12 @@ def omissions(report: Report) -> list[str]:
         for artifact in branch.artifacts:
             if artifact.worst_error is None:
                 found.append(f"{branch.name}: worst error of {artifact.path} {ABSENT}.")
+            if not artifact.kept:
+                found.append(f"{branch.name}: {artifact.kind} {artifact.precision} put aside; {artifact.reason}.")
+            if artifact.precision != FLOAT and not artifact.quality:
+                found.append(f"{branch.name}: quality of {artifact.path} {ABSENT}.")
+            found += [f"{artifact.path} left {what}: {why}." for what, why in artifact.figures.skipped.items()]
+            found += [f"{artifact.path}: {warning}" for warning in artifact.figures.warnings]
         for step in branch.steps:
             found += notes(step, branch.name)
     return list(dict.fromkeys(found))

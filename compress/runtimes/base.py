@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from compress.contract import FLOAT
 from compress.errors import TargetError
 from compress.target import Target
 
@@ -22,19 +23,37 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A model as it left the house: what and where it is, its size, digest and worst difference from the model."""
+    """A model as it left the house: what and where it is, its size, digest and worst difference from the model.
+
+    `precision` is the number format of its weights, `figures` what its exporter tells of it.
+    """
 
     kind: str
     path: str
     bytes: int
     sha256: str
     worst_error: float
+    precision: str = FLOAT
+    figures: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, kind: str, folder: Path, worst_error: float) -> Artifact:
+    def of(
+        cls,
+        kind: str,
+        folder: Path,
+        worst_error: float,
+        precision: str,
+        figures: Mapping[str, Any],
+    ) -> Artifact:
         """Describe what lies in `folder`."""
         files = [file for file in folder.rglob("*") if file.is_file()]
-        return cls(kind, str(folder), sum(file.stat().st_size for file in files), digest_of(folder), worst_error)
+        size, digest = sum(file.stat().st_size for file in files), digest_of(folder)
+        return cls(kind, str(folder), size, digest, worst_error, precision, dict(figures))
+
+    @classmethod
+    def told(cls, report: Mapping[str, Any]) -> Artifact:
+        """The artifact that a report tells of, among more."""
+        return cls(**{entry.name: report[entry.name] for entry in fields(cls) if entry.name in report})
 
     def intact(self) -> bool:
         """Whether the artifact is still there as it was written."""
@@ -53,6 +72,8 @@ def digest_of(folder: Path) -> str:
 
 class Session(ABC):
     """An artifact opened for running; called with tensors or arrays by input name, it gives arrays by output name."""
+
+    fixed: bool = False  # whether it takes one shape only
 
     @abstractmethod
     def __call__(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -49,25 +49,24 @@ class OnnxSession(Session):
         self.session = session
         self.outputs = [output.name for output in session.get_outputs()]
         self.inputs = session.get_inputs()
+        self.fixed = all(isinstance(size, int) for value in self.inputs for size in value.shape)
 
     @property
     def cached(self) -> bool:
         """Whether the graph takes and gives a key-value cache."""
         return any(value.name.startswith(decoder.PAST) for value in self.inputs)
 
-    @property
-    def fixed(self) -> bool:
-        """Whether the graph takes one shape only."""
-        return all(isinstance(size, int) for value in self.inputs for size in value.shape)
-
-    def __call__(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        """Run the graph; inputs that the export found unused are left out, and a text begins where no past is given."""
+    def feed(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """What the graph takes of inputs, as arrays; a text begins where no past is given."""
         if self.cached:
             inputs = {**decoder.without_past(self.inputs, inputs), **inputs}
         if lacking := [value.name for value in self.inputs if value.name not in inputs]:
             raise TargetError(f"onnx: input '{lacking[0]}' is not given; got {', '.join(inputs)}")
-        feed = {value.name: np.asarray(inputs[value.name]) for value in self.inputs}
-        return dict(zip(self.outputs, self.session.run(None, feed), strict=True))
+        return {value.name: np.asarray(inputs[value.name]) for value in self.inputs}
+
+    def __call__(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Run the graph; inputs that the export found unused are left out."""
+        return dict(zip(self.outputs, self.session.run(None, self.feed(inputs)), strict=True))
 
     def example(self, batch: int, sequence: int) -> dict[str, np.ndarray]:
         """Ones for token ids and masks, zeros for token types, normal numbers for floats."""
@@ -144,7 +143,7 @@ class OnnxRuntime(Runtime):
         reasons = []
         for config in configs:
             try:
-                with _quiet(), contextlib.nullcontext() if cache else _uncached(model):
+                with quiet(), contextlib.nullcontext() if cache else _uncached(model):
                     exported = OnnxExporter().export(model, dict(given), config=config)
                     graph = exported.program.graph
                     split_skip_norms(graph)
@@ -176,7 +175,7 @@ class OnnxRuntime(Runtime):
 
         try:
             # The same patches as for a whole model, so that the part's graph is the one inside the whole.
-            with _quiet(), torch.no_grad(), apply_patches("dynamo"), apply_patches("onnx"):
+            with quiet(), torch.no_grad(), apply_patches("dynamo"), apply_patches("onnx"):
                 program = torch.onnx.export(module, tuple(inputs), dynamo=True, optimize=True, verbose=False)
                 if program is None:
                     raise ExportError(f"onnx: {type(module).__name__} gave no graph")
@@ -252,7 +251,7 @@ def _uncached(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence the exporters' progress and version notes, which the user can do nothing about."""
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)

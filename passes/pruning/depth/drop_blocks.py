@@ -111,7 +111,7 @@ class DropBlocks(Pass):
 
     def ranked(self, state: State) -> tuple[Choose, int]:
         """What goes for each count, and the most that can; raises LayoutError where nothing can."""
-        from passes.pruning.calibrate import calibration
+        from compress.data.calibration import calibration
         from passes.pruning.depth.removal import by_angle, by_influence, by_loss, candidates
 
         parts = candidates(state.layout, self.parts, self.keep_first, self.keep_last)

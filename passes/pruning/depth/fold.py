@@ -60,10 +60,10 @@ class Fold(Pass):
 
     def run(self, state: State) -> Iterator[State]:
         """Yield the state with the model folded."""
+        from compress.data.calibration import calibration
         from compress.layout import own_record, prefix_of, record_of
         from compress.recipe import TrainingOptions
         from compress.sharing import share_
-        from passes.pruning.calibrate import calibration
         from passes.pruning.depth.cure import cure
 
         if record_of(state.model.config).keys() & {"shared", "cured"}:

@@ -84,7 +84,7 @@ class Puzzle(Pass):
 
     def run(self, state: State) -> Iterator[State]:
         """Yield the models chosen; figures tell each sub-block's variant, all scores and what stays of each budget."""
-        from passes.pruning.calibrate import calibration
+        from compress.data.calibration import calibration
         from passes.pruning.replace.local import library
         from passes.pruning.replace.replacement import cached_tokens, replacement_scores
 

@@ -61,11 +61,11 @@ class SliceHidden(Pass):
 
     def run(self, state: State) -> Iterator[State]:
         """Yield the state with the sliced model; figures tell the share of energy kept before each norm."""
+        from compress.data.calibration import calibration
         from compress.families import layout_of
         from compress.progress import track
         from compress.statistics import moments
         from compress.stream import width_of
-        from passes.pruning.calibrate import calibration
         from passes.pruning.rotate.basis import basis, centre, even, kept_energy, of_length_one
         from passes.pruning.rotate.stream import stream_of
         from passes.pruning.rotate.turn import turned

@@ -60,6 +60,8 @@ def stream_of(model: PreTrainedModel, layout: Layout, batch: Mapping[str, Tensor
             hooks.callback(model.get_submodule(norm).register_forward_hook(uses.giving(norm)).remove)
         with uses:
             outputs = answer(model, {name: value[:2] for name, value in batch.items()})
+    for norm, what in uses.others.items():
+        raise LayoutError(f"slice_hidden: what '{norm}' gives goes into {what}; {EXPECTED}")
     if unread := sorted(norms - set(uses.readers.values())):
         raise LayoutError(f"slice_hidden: no linear layer reads '{unread[0]}'; {EXPECTED}")
     writers = dict[str, int]()
@@ -81,13 +83,14 @@ def stream_of(model: PreTrainedModel, layout: Layout, batch: Mapping[str, Tensor
 
 
 class Uses(TorchFunctionMode):
-    """Notes, while a model is called, which weights read what its norms give; LayoutError at any other use of that."""
+    """Notes, while a model is called, which weights read what its norms give, and which `others` take it, by norm."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         layers = {path: one for path, one in model.named_modules() if isinstance(one, LINEAR)}
         self.weights = {id(one.weight): f"{path}.weight" for path, one in layers.items()}
         self.readers: dict[str, str] = {}
+        self.others: dict[str, str] = {}
         self.given: dict[int, tuple[str, Tensor]] = {}  # by storage; a tensor held is one whose place stays taken
 
     @property
@@ -117,7 +120,7 @@ class Uses(TorchFunctionMode):
                 weight = next((self.weights[id(one)] for one in tensors if id(one) in self.weights), None)
                 if weight is None or self.readers.setdefault(weight, norm) != norm:
                     what = getattr(func, "__name__", str(func)).strip("_") if weight is None else f"{weight} again"
-                    raise LayoutError(f"slice_hidden: what '{norm}' gives goes into {what}; {EXPECTED}")
+                    self.others.setdefault(norm, what)
         return result
 
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from compress.data.calibration import calibration
 from compress.errors import LayoutError, TrainingError
 from compress.families import layout_of
 from compress.layout import Axis, stored_dim
 from compress.progress import track
 from compress.state import State, dense_name
 from compress.uniform import HIDDEN, drop, narrow, resized, spans
-from passes.pruning.calibrate import calibration
 from passes.pruning.uniform.importance import add_back
 from passes.pruning.uniform.observe import Importance, measure_importance, removal_losses
 from passes.pruning.uniform.shapes import Shape, Space

@@ -77,14 +77,14 @@ def least_squares(
     return torch.cholesky_solve((weight.double() @ columns).T, factor).T.to(weight.dtype)
 
 
-def _damped(gram: Tensor, damping: float) -> Tensor:
+def damped(gram: Tensor, damping: float) -> Tensor:
     """The Gram matrix in float64, its diagonal raised by `damping` of its mean; inputs never seen get a one."""
-    damped = gram.to(torch.float64, copy=True)
-    diagonal = damped.diagonal()
+    raised = gram.to(torch.float64, copy=True)
+    diagonal = raised.diagonal()
     dead = diagonal == 0
     diagonal += damping * diagonal.mean()
     diagonal[dead] = 1.0
-    return damped
+    return raised
 
 
 class _Reader:
@@ -98,7 +98,7 @@ class _Reader:
         self.width = width
         self.weight = weight.detach().double().clone()
         self.weight[:, gram.diagonal() == 0] = 0.0
-        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(_damped(gram, damping)))
+        self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(gram, damping)))
         self._start()
 
     def _start(self) -> None:

@@ -32,7 +32,7 @@ class Optin(StructuredPruning):
 
     def curves(self, state: State, axes: Sequence[Axis]) -> tuple[dict[str, Curve], Fit | None]:
         """The curves by importance; nothing is refitted."""
-        from passes.pruning.calibrate import calibration
+        from compress.data.calibration import calibration
         from passes.pruning.widths.trajectory import trajectory_curves
 
         batches = list(calibration(state.data, self.samples, self.batch_size))

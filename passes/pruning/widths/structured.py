@@ -103,7 +103,7 @@ class StructuredPruning(Pass):
 
     def fitness(self, state: State, curves: Mapping[str, Curve], fit: Fit | None) -> Fitness | None:
         """What a search judges sizes by; None where there is no search."""
-        from passes.pruning.calibrate import calibration
+        from compress.data.calibration import calibration
         from passes.pruning.search.fitness import Fitness
         from passes.pruning.widths.sensitivity import HIDDEN, PREDICTIONS
 
@@ -165,7 +165,7 @@ class StructuredPruning(Pass):
             return {name: curve.losses for name, curve in curves.items()}
         if self.prior == "relative":
             return {name: curve.relative**0.5 for name, curve in curves.items()}
-        from passes.pruning.calibrate import calibration, up_to
+        from compress.data.calibration import calibration, up_to
         from passes.pruning.widths.sensitivity import measured_losses
 
         batches = calibration(state.data, SENSITIVITY_SAMPLES, SEARCH_BATCH)
