@@ -82,6 +82,19 @@ def drafts(found: Figures) -> Iterator[str]:
         )
 
 
+def recovered(found: Figures) -> Iterator[str]:
+    """A pruned classifier, by the losses that recovered it."""
+    yield f"Dense: accuracy {100 * found['dense_accuracy']:.2f} on the dev set; {found['steps']} steps for each row."
+    yield ""
+    yield "| speed-up | losses | accuracy before | accuracy, mean of seeds | their deviation | seeds | on validation |"
+    yield "|---|---|---|---|---|---|---|"
+    for row in found["rows"]:
+        yield (
+            f"| {row['speedup']} | {row['losses']} | {100 * row['accuracy_before']:.2f} | {100 * row['accuracy']:.2f} "
+            f"| {100 * row['spread']:.2f} | {row['seeds']} | {100 * row['validation_accuracy']:.2f} |"
+        )
+
+
 def chunked(found: Figures) -> Iterator[str]:
     """Losses without logits."""
     yield f"{found['tokens']:,} tokens, {found['classes']:,} classes, width {found['width']}, float32, one thread."
@@ -173,6 +186,7 @@ SUITES: dict[str, tuple[str, Callable[[Figures], Iterator[str]]]] = {
     "structured-encoder": ("SST-2: MiniLM-L6 at many speeds, several ways to prune, equal recovery", encoder),
     "structured-decoder-smollm2": ("SmolLM2-135M with fewer parameters by several ways, equal recovery", decoder),
     "structured-decoder-stories15m": ("stories15M with fewer parameters by several ways, equal recovery", decoder),
+    "recovery-encoder": ("SST-2: MiniLM-L6 pruned by `ziplm`, recovered by several losses", recovered),
     "recovery-chunked": ("Losses of a large vocabulary without its logits: forward and backward pass", chunked),
     "recovery-cached-stories15m": ("stories15M without a block, recovered by what its teacher said once", cached),
     "recovery-cached-smollm2": ("The same for SmolLM2-135M", cached),

@@ -2,6 +2,7 @@
 
     python -m benchmarks.structured.decoder --model MODEL --name smollm2 --source wikitext2/wiki.train.tokens
         --test wikitext2/wiki.test.tokens --other text/tinyshakespeare.txt [--shares 0.1 0.2 0.3] [--ways ziplm ...]
+        [--steps 40]
 
 `--model` is its folder. Texts lie below `--data`, for which HF_COMPRESS_DATA stands; without `--test` a part of the
 source is held out, and `--other` is a corpus of another kind. Parameters are those outside of embeddings and head. A
@@ -27,7 +28,7 @@ from compress.tasks import TASKS
 
 TASK = TASKS["text-generation"]
 LENGTH, TEST_ROWS = 256, 40
-RECOVERY = {"steps": 40, "batch_size": 4, "learning_rate": 2e-4, "losses": {"logits": 1.0}, "validation_rows": 16}
+RECOVERY = {"batch_size": 4, "learning_rate": 2e-4, "losses": {"logits": 1.0}, "validation_rows": 16}
 SAMPLES = {"samples": 32, "batch_size": 8}
 
 
@@ -57,7 +58,8 @@ def plan(given: argparse.Namespace) -> dict[str, Any]:
                 passes.append({"calibrate": {"samples": 128, "batch_size": 8}, "id": f"{name}-statistics", "after": []})
             after = [f"{name}-statistics"] if way == "ziplm" else []
             passes.append({**ways(share, blocks)[way], "id": name, "after": after})
-            passes.append({"distill": RECOVERY, "id": f"{name}-recovered", "after": [name]})
+            recipe = {**RECOVERY, "steps": given.steps, "validate_every": -(-given.steps // 2)}
+            passes.append({"distill": recipe, "id": f"{name}-recovered", "after": [name]})
     return {
         "model": given.model,
         "task": TASK.name,
@@ -110,6 +112,7 @@ def main() -> None:
     parser.add_argument("--test")
     parser.add_argument("--other", required=True)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.1, 0.2, 0.3])
+    parser.add_argument("--steps", type=int, default=40, help="of recovery, of 1,024 tokens each")
     parser.add_argument("--ways", nargs="+", choices=list(ways(0.2, 1)), default=list(ways(0.2, 1)))
     parser.add_argument("--data", type=Path, default=os.environ.get("HF_COMPRESS_DATA"))
     parser.add_argument("--out", type=Path, default=Path("out/benchmarks/decoder"))
@@ -134,7 +137,7 @@ def main() -> None:
         "tokens_per_second": baseline["tokens_per_second"],
         "torch_tokens_per_second": torch_target.tokens_per_second(first.milliseconds),
     }
-    tokens = RECOVERY["steps"] * RECOVERY["batch_size"] * LENGTH
+    tokens = given.steps * RECOVERY["batch_size"] * LENGTH
     record(f"structured-decoder-{given.name}", {"recovery_tokens": tokens, "dense": dense, "branches": rows})
 
 
