@@ -95,6 +95,22 @@ def recovered(found: Figures) -> Iterator[str]:
         )
 
 
+def shortened(found: Figures) -> Iterator[str]:
+    """A decoder without some blocks, by the ways that recovered it."""
+    yield (
+        f"Perplexity: dense {found['dense']['perplexity']:.2f}, without the blocks {found['pruned']['perplexity']:.2f}, on "
+        f"the other corpus {found['pruned']['perplexity_elsewhere']:.1f}; then {found['steps']} steps for each row."
+    )
+    yield ""
+    yield "| way | perplexity, mean of seeds | their deviation | seeds | on the other corpus | agreement with dense |"
+    yield "|---|---|---|---|---|---|"
+    for row in found["rows"]:
+        yield (
+            f"| {row['way']} | {row['perplexity']:.2f} | {row['spread']:.2f} | {row['seeds']} "
+            f"| {row['perplexity_elsewhere']:.1f} | {100 * row['agreement']:.1f} % |"
+        )
+
+
 def chunked(found: Figures) -> Iterator[str]:
     """Losses without logits."""
     yield f"{found['tokens']:,} tokens, {found['classes']:,} classes, width {found['width']}, float32, one thread."
@@ -187,6 +203,8 @@ SUITES: dict[str, tuple[str, Callable[[Figures], Iterator[str]]]] = {
     "structured-decoder-smollm2": ("SmolLM2-135M with fewer parameters by several ways, equal recovery", decoder),
     "structured-decoder-stories15m": ("stories15M with fewer parameters by several ways, equal recovery", decoder),
     "recovery-encoder": ("SST-2: MiniLM-L6 pruned by `ziplm`, recovered by several losses", recovered),
+    "recovery-decoder-stories15m": ("stories15M without a quarter of its blocks, by several losses", shortened),
+    "recovery-decoder-smollm2": ("The same for SmolLM2-135M", shortened),
     "recovery-chunked": ("Losses of a large vocabulary without its logits: forward and backward pass", chunked),
     "recovery-cached-stories15m": ("stories15M without a block, recovered by what its teacher said once", cached),
     "recovery-cached-smollm2": ("The same for SmolLM2-135M", cached),
