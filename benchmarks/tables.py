@@ -97,9 +97,10 @@ def recovered(found: Figures) -> Iterator[str]:
 
 def shortened(found: Figures) -> Iterator[str]:
     """A decoder without some blocks, by the ways that recovered it."""
+    dense, pruned = found["dense"], found["pruned"]
     yield (
-        f"Perplexity: dense {found['dense']['perplexity']:.2f}, without the blocks {found['pruned']['perplexity']:.2f}, on "
-        f"the other corpus {found['pruned']['perplexity_elsewhere']:.1f}; then {found['steps']} steps for each row."
+        f"Perplexity: dense {dense['perplexity']:.2f}, without the blocks {pruned['perplexity']:.2f}, "
+        f"on the other corpus {pruned['perplexity_elsewhere']:.1f}; then {found['steps']} steps for each row."
     )
     yield ""
     yield "| way | perplexity, mean of seeds | their deviation | seeds | on the other corpus | agreement with dense |"
