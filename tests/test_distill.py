@@ -127,7 +127,7 @@ def without_task(task: str) -> dict[str, float]:
 @pytest.mark.parametrize("name", LOSSES)
 def test_each_loss_alone_recovers(tmp_path, name):
     state = make_state(tmp_path, "text-classification")
-    prune(state, heads=1 + (name == "attention"))
+    prune(state, heads=1 + getattr(LOSSES[name], "head_by_head", False))
     after = distill(state, losses={name: 1.0})
     assert after.figures["loss_after"] < after.figures["loss_before"]
     heads = {"labels"} if LOSSES[name].reads & HEAD else set()
@@ -235,14 +235,24 @@ def test_a_reference_tells_which_rows_have_most_to_gain(tmp_path):
         Distill(losses={"logits": 1.0}, reference=str(dense))
 
 
+def test_directions_are_those_of_every_block_beside_the_one_it_was(tmp_path):
+    state = make_state(tmp_path, "text-classification")
+    state.drop(next(iter(state.layout.stacks)), [0, 2])
+    state.cut("bert.encoder.layer.0.heads", [])
+    compare = Comparison(Losses(directions=1.0), state)
+    (pair,) = compare.taps["directions"]
+    places = [one.sites[0].module for one in pair]
+    assert places == [f"bert.encoder.layer.{block}.attention.self.query" for block in (1, 2)]
+
+
 @pytest.mark.parametrize("name", ["attention", "relations"])
 def test_attention_is_that_of_the_last_block_with_heads(tmp_path, name):
     state = make_state(tmp_path, "text-generation")
     compare = Comparison(Losses(**{name: 1.0}), state)
-    assert [one.sites[0].module for one in compare.taps[name]] == ["model.layers.2.self_attn.q_proj"] * 2
+    assert [one.sites[0].module for pair in compare.taps[name] for one in pair] == ["model.layers.2.self_attn.q_proj"] * 2
     state.cut("model.layers.2.heads", [])
     compare = Comparison(Losses(**{name: {"block": 1}}), state)
-    assert [one.sites[0].module for one in compare.taps[name]] == ["model.layers.1.self_attn.q_proj"] * 2
+    assert [one.sites[0].module for pair in compare.taps[name] for one in pair] == ["model.layers.1.self_attn.q_proj"] * 2
     assert compare.losses(compare.student, next(iter(state.data.batches("train", 4))))[name].abs() < 1e-6
     with pytest.raises(TrainingError, match=r"no block 3; expected one of 0\.\.2"):
         Comparison(Losses(**{name: {"block": 3}}), state)

@@ -18,7 +18,7 @@ from passes.distillation.choice import Losses
 from passes.distillation.distill import Distill
 from passes.distillation.heads import tap
 from passes.distillation.losses import LOSSES, logit_kl, square_head
-from passes.distillation.losses.attention import attention, relation, relation_heads
+from passes.distillation.losses.attention import attention, likeness, relation, relation_heads
 from passes.distillation.losses.base import Heads, Seen, Widths, pooled
 from passes.distillation.losses.embeddings import (
     info_nce,
@@ -165,7 +165,7 @@ def test_a_batch_of_one_token_has_a_loss_that_is_a_number(name):
 def test_losses_that_need_no_equal_widths_take_others(name):
     parts = tensors(1)
     narrow = {**parts, "states": [one[..., :4] for one in parts["states"]]}
-    if name != "attention":  # its heads are as many, of any size
+    if not getattr(LOSSES[name], "head_by_head", False):  # else they are as many, of any size
         narrow["heads"] = [torch.cat([one, one[:, :1]], 1) for one in parts["heads"]]
     assert LOSSES[name]().of(show(narrow), show(tensors(2))).isfinite()
 
@@ -478,6 +478,17 @@ def test_relation_heads_are_as_many_as_divide_both_widths():
     teacher = Seen(MASK, heads=Heads(*draw(3, 3, BATCH, 2, LENGTH, 2)))
     two = LOSSES["relations"](heads=2).of(student, teacher)
     assert torch.equal(LOSSES["relations"](heads=48).of(student, teacher), two), "of widths 6 and 4"
+
+
+def test_directions_ignore_sizes_and_are_known_by_their_cosine():
+    student, teacher = tensors(1), show(tensors(2))
+    loss = LOSSES["directions"]()
+    found = loss.of(show(student), teacher)
+    longer = {**student, "heads": [3.0 * one for one in student["heads"]]}
+    torch.testing.assert_close(loss.of(show(longer), teacher), found)
+    pairs = [[likeness(one, MASK).flatten() for one in parts["heads"]] for parts in (student, tensors(2))]
+    expected = sum((2 - 2 * (mine @ theirs)).sqrt() for mine, theirs in zip(*pairs, strict=True))
+    torch.testing.assert_close(found, expected)
 
 
 def test_causal_attention_sees_no_later_token():

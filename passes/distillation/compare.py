@@ -18,7 +18,7 @@ from torch.nn import functional
 from compress.data.batches import IGNORED
 from compress.errors import DataError, TrainingError
 from compress.families import layout_of
-from compress.layout import record_of
+from compress.layout import Layout, record_of
 from compress.recipe import TrainingOptions
 from compress.state import State
 from compress.stream import width_of
@@ -29,6 +29,7 @@ from passes.distillation.chunked import headless, linear_head, next_token, proje
 from passes.distillation.heads import Tap, tap
 from passes.distillation.losses import LOSSES, Loss
 from passes.distillation.losses.base import Reads, Seen, Widths
+from passes.distillation.losses.states import total
 from passes.distillation.monitor import hacked, label_loss
 from passes.distillation.taught import MARK, Taught
 from passes.distillation.teachers import Ensemble
@@ -65,7 +66,9 @@ class Comparison:
         if state.task.name == "text-generation":
             self.extras["use_cache"] = False
         self.taps = {
-            name: self.attentions(loss, teacher) for name, loss in self.chosen.items() if loss.reads & Reads.ATTENTION
+            name: self.attentions(name, loss, teacher)
+            for name, loss in self.chosen.items()
+            if loss.reads & Reads.ATTENTION
         }
         if taught:
             self.refuse_untaught(taught)
@@ -134,16 +137,30 @@ class Comparison:
         known = kept and len(kept) == mine and max(kept) < theirs  # else they are counted as in a model before that
         return Widths(mine, theirs, blocks, kept if known else None)
 
-    def attentions(self, loss: Any, teacher: Any) -> tuple[Tap, Tap]:
-        """Where a loss of attention finds the student's and the teacher's."""
-        found = tap(self.state.model, self.state.layout), tap(teacher, layout_of(teacher), loss.block)
-        mine, theirs = (one.count for one in found)
-        if loss.head_by_head and mine != theirs:
-            raise TrainingError(
-                f"distill: loss 'attention' compares head by head, {mine} here and {theirs} in the dense model; "
-                "expected as many, or the loss relations"
-            )
+    def attentions(self, name: str, loss: Any, teacher: Any) -> list[tuple[Tap, Tap]]:
+        """Where a loss of attention finds those of the student and those of the teacher, in pairs."""
+        (model, layout), dense = (self.state.model, self.state.layout), layout_of(teacher)
+        if loss.each_block:
+            pairs = self.blocks(teacher, dense)
+            found = [(tap(model, layout, mine), tap(teacher, dense, theirs)) for mine, theirs in pairs]
+        else:
+            found = [(tap(model, layout), tap(teacher, dense, loss.block))]
+        for mine, theirs in ((mine.count, theirs.count) for mine, theirs in found):
+            if loss.head_by_head and mine != theirs:
+                raise TrainingError(
+                    f"distill: loss '{name}' compares head by head, {mine} here and {theirs} in the dense model; "
+                    "expected as many, or the loss relations"
+                )
         return found
+
+    def blocks(self, teacher: Any, dense: Layout) -> list[tuple[int, int]]:
+        """The numbers of the student's blocks of the last stack that have heads left, each with the one it was."""
+        name, stack = list(self.state.layout.stacks.items())[-1]
+        left = _origins(self.state.model.config, stack.length)
+        right = list(_origins(teacher.config, dense.stacks[name].length))
+        axes = {axis.block for axis in self.state.layout.axes.values() if axis.kind == "heads" and axis.units}
+        places = [place for place in range(stack.length) if f"{stack.module}.{place}" in axes]
+        return [(place, right.index(left[place])) for place in places]
 
     def losses(self, student: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The weighted losses of one batch by name; gradients go to the student and what is beside it only."""
@@ -164,11 +181,11 @@ class Comparison:
         found = {}
         with torch.autocast(device.type, enabled=False):  # or products of matrices would be bfloat16
             for name, loss in self.chosen.items():
-                pair = mine, theirs
+                pairs, own = [(mine, theirs)], dict(self.beside.items()).get(name)
                 if name in self.taps:
-                    pair = replace(mine, heads=my_heads[name]), replace(theirs, heads=their_heads[name])
-                own = dict(self.beside.items()).get(name)
-                found[name] = loss.weight * loss.of(*pair, own)
+                    heads = zip(my_heads[name], their_heads[name], strict=True)
+                    pairs = [(replace(mine, heads=one), replace(theirs, heads=other)) for one, other in heads]
+                found[name] = loss.weight * total(loss.of(*pair, own) for pair in pairs)
         return found
 
     def look_at_teacher(self, batch: Mapping[str, Tensor], head: nn.Linear | None) -> tuple[Seen, dict[str, Any]]:
@@ -189,9 +206,9 @@ class Comparison:
         given = {name: part for name, part in batch.items() if name in self.inputs}
         labels = labels_of(batch)
         asked = labels if side == 0 and self.reads & Reads.LABELS else {}
-        taps = {} if side is None else {name: pair[side] for name, pair in self.taps.items()}
+        taps = {} if side is None else {name: [pair[side] for pair in pairs] for name, pairs in self.taps.items()}
         with ExitStack() as opened:
-            found = {name: opened.enter_context(one.open()) for name, one in taps.items()}
+            found = {name: [opened.enter_context(one.open()) for one in several] for name, several in taps.items()}
             if head is not None:
                 opened.enter_context(headless(head))
             outputs = model(**given, **({} if head is not None else asked), **self.extras)
@@ -204,7 +221,10 @@ class Comparison:
         if head is not None:
             predictions = projected(outputs.logits, head)
             seen = replace(seen, predictions=predictions, loss=next_token(predictions, **asked) if asked else None)
-        return seen, {name: taps[name].heads(found[name]) for name in taps}
+        return seen, {
+            name: [one.heads(part) for one, part in zip(several, found[name], strict=True)]
+            for name, several in taps.items()
+        }
 
     def train(
         self,

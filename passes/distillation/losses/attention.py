@@ -41,21 +41,33 @@ def attention(heads: Heads, mask: Tensor) -> Tensor:
     return relation(heads.queries, keys, mask, heads.causal)
 
 
+def likeness(vectors: Tensor, mask: Tensor) -> Tensor:
+    """The direction of ``x x^T``, (batch, heads, sequence, sequence): its length over the whole batch is 1."""
+    real = vectors.float().masked_fill(~mask[:, None, :, None], 0.0)
+    products = real @ real.mT
+    return products / products.norm().clamp(min=1e-12)
+
+
 def relation_heads(vectors: Tensor, heads: int) -> Tensor:
     """The heads of (batch, heads, sequence, places) put side by side and split anew into so many."""
     return vectors.transpose(1, 2).flatten(2).unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 class AttentionLoss(Loss):
-    """A loss of the student's last attention that has heads left, beside one of the teacher's."""
+    """A loss of attention; `of` sees one at a time. Head by head, there must be as many in both models."""
 
     reads: ClassVar[Reads] = Reads.ATTENTION
     head_by_head: ClassVar[bool] = False
+    each_block: ClassVar[bool] = False
+
+
+class LastAttention(AttentionLoss):
+    """A loss of the student's last attention that has heads left, beside one of the teacher's."""
 
     block: int = Field(default=-1, description="the teacher's block; from the end where negative")
 
 
-class Attention(AttentionLoss):
+class Attention(LastAttention):
     """Queries with keys, and values with values, head by head: MiniLM, arXiv:2002.10957.
 
     Heads must be as many in both. What rotary positions or relative biases do to the scores is left out.
@@ -71,7 +83,27 @@ class Attention(AttentionLoss):
         return relation_kl(mine, theirs, mask) + relation_kl(my_values, their_values, mask)
 
 
-class Relations(AttentionLoss):
+class Directions(AttentionLoss):
+    """How alike queries, keys and values each are among themselves, head by head: BiBERT, arXiv:2203.06390.
+
+    Only the direction of those products counts, not their size: a scale of all queries, say, is no difference. Every
+    block is compared with the one it was, and the losses are summed. As published it is a distance, not its square.
+    """
+
+    vanishes: ClassVar[bool] = False
+    head_by_head: ClassVar[bool] = True
+    each_block: ClassVar[bool] = True
+
+    def of(self, student: Seen, teacher: Seen, own: Any = None) -> Tensor:
+        """The distances of the three directions in one block."""
+        losses = []
+        for name in ("queries", "keys", "values"):
+            mine, theirs = (likeness(getattr(seen.heads, name), student.mask) for seen in (student, teacher))
+            losses.append((mine - theirs).norm())
+        return total(losses)
+
+
+class Relations(LastAttention):
     """Queries, keys and values, each with its like, in relation heads; MiniLMv2, arXiv:2012.15828.
 
     Heads are put side by side and split anew, so that their numbers may differ.
