@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from compress import store
@@ -133,10 +134,10 @@ def _told(timing: Timing, target: Target) -> dict[str, Any]:
 
 
 def _size(model: PreTrainedModel) -> dict[str, int]:
-    """Parameters, and the bytes that they take."""
+    """Parameters, and the bytes that they take; a byte of a packed matrix holds eight."""
     parameters = list(model.parameters())
     return {
-        "parameters": sum(one.numel() for one in parameters),
+        "parameters": sum(one.numel() * (8 if one.dtype == torch.uint8 else 1) for one in parameters),
         "bytes": sum(one.numel() * one.element_size() for one in parameters),
     }
 

@@ -1,7 +1,7 @@
 """The quantizer by which transformers loads cut models: it reads the record in config.json and reshapes the modules.
 
-No weight is quantized. The quantizer registry is transformers' public place for reshaping modules before weights are
-loaded; once they are, the model is made an ordinary one again, free to be trained, cast, cut and saved. This module
+No weight is quantized here. The quantizer registry is transformers' public place for reshaping modules before weights
+are loaded; once they are, the model is made an ordinary one again, free to be trained, cast, cut and saved. This module
 is imported while transformers itself still is, so nothing at its top may need whole transformers.
 """
 
@@ -15,6 +15,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quanti
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from compress.binary import binarize_, pack_
 from compress.errors import LayoutError
 from compress.families import dense_layout
 from compress.layout import RECORD, VERSION, own_record, prefix_of
@@ -31,7 +32,7 @@ class HfCompressConfig(QuantizationConfigMixin):
 
     Where blocks were folded, also which of them are `shared` and `cured`; `compress.sharing` tells of both.
     `linear` names the axes for which a Linear stands; a model that has had none lacks the entry. `compress.stream`
-    tells of `stream`.
+    tells of `stream`, `compress.binary` of `binary`.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class HfCompressConfig(QuantizationConfigMixin):
         cured: Mapping[str, int] | None = None,
         linear: Sequence[str] | None = None,
         stream: int | None = None,
+        binary: Mapping[str, Any] | None = None,
     ) -> None:
         if version != VERSION:
             raise LayoutError(
@@ -61,10 +63,12 @@ class HfCompressConfig(QuantizationConfigMixin):
             self.linear = list(linear)
         if stream is not None:
             self.stream = stream
+        if binary is not None:
+            self.binary = dict(binary)
 
 
 class HfCompressQuantizer(HfQuantizer):
-    """Cuts the empty modules to the sizes in the record, so that the weights fit."""
+    """Cuts the empty modules to the sizes in the record, so that the weights fit; binary ones become what they were."""
 
     is_trainable = True
     is_qat_trainable = True
@@ -78,7 +82,7 @@ class HfCompressQuantizer(HfQuantizer):
         record = self.quantization_config.to_dict()
         shared, cured = record.pop("shared", {}), record.pop("cured", {})
         linear, sizes = record.pop("linear", []), record.pop("sizes")
-        stream = record.pop("stream", None)
+        stream, binary = record.pop("stream", None), record.pop("binary", None)
         model.config.quantization_config = {**copy.deepcopy(record), "sizes": {}}
         layout, prefix = dense_layout(model), prefix_of(model)
         if stream is not None:
@@ -90,6 +94,9 @@ class HfCompressQuantizer(HfQuantizer):
             layout = layout.cut(model, prefix + name, range(size))
         cure_(model, own_record(model), cured)
         hollow_(model, shared)
+        if binary is not None:
+            binarize_(model, layout, **binary)
+            pack_(model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         from transformers import PreTrainedModel

@@ -15,6 +15,7 @@ from passes.pruning.vocabulary import Vocabulary
 from passes.pruning.widths.optin import Optin
 from passes.pruning.widths.prune import Prune
 from passes.pruning.widths.ziplm import ZipLM
+from passes.quantization.binarize import Binarize
 from passes.quantization.gptq import Gptq
 from passes.quantization.smooth import Smoothquant
 from passes.rows.select import Select
@@ -33,6 +34,7 @@ PASSES: dict[str, type[Pass]] = {
     "puzzle": Puzzle,
     "smoothquant": Smoothquant,
     "gptq": Gptq,
+    "binarize": Binarize,
     "self_data": SelfData,
     "select": Select,
     "teach": Teach,

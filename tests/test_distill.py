@@ -249,10 +249,14 @@ def test_directions_are_those_of_every_block_beside_the_one_it_was(tmp_path):
 def test_attention_is_that_of_the_last_block_with_heads(tmp_path, name):
     state = make_state(tmp_path, "text-generation")
     compare = Comparison(Losses(**{name: 1.0}), state)
-    assert [one.sites[0].module for pair in compare.taps[name] for one in pair] == ["model.layers.2.self_attn.q_proj"] * 2
+    assert [one.sites[0].module for pair in compare.taps[name] for one in pair] == [
+        "model.layers.2.self_attn.q_proj"
+    ] * 2
     state.cut("model.layers.2.heads", [])
     compare = Comparison(Losses(**{name: {"block": 1}}), state)
-    assert [one.sites[0].module for pair in compare.taps[name] for one in pair] == ["model.layers.1.self_attn.q_proj"] * 2
+    assert [one.sites[0].module for pair in compare.taps[name] for one in pair] == [
+        "model.layers.1.self_attn.q_proj"
+    ] * 2
     assert compare.losses(compare.student, next(iter(state.data.batches("train", 4))))[name].abs() < 1e-6
     with pytest.raises(TrainingError, match=r"no block 3; expected one of 0\.\.2"):
         Comparison(Losses(**{name: {"block": 3}}), state)
