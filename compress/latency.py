@@ -28,7 +28,7 @@ from compress.measure import interleave, measure
 from compress.parts import Call, Part, captured, cut, part
 from compress.progress import track
 from compress.runtimes import RUNTIMES
-from compress.runtimes.onnx import OnnxRuntime
+from compress.runtimes.torch import TorchRuntime
 from compress.target import Target
 
 VERSION = 4  # raised when the same model on the same machine would be measured otherwise
@@ -218,9 +218,9 @@ def _times(
     )
     tracked = track(parts, f"latency table: building {axis.kind}", total=len(sizes) * len(requests))
     runtime = RUNTIMES[target.chosen]
-    if isinstance(runtime, OnnxRuntime):
+    if not isinstance(runtime, TorchRuntime):
         built = [
-            runtime.build_module(one.cpu(), [tensor.cpu() for tensor in one.inputs], scratch / f"{i}.onnx")
+            runtime.build_module(one.cpu(), [tensor.cpu() for tensor in one.inputs], scratch / str(i))
             for i, one in enumerate(tracked)
         ]
         once = target.model_copy(update={"generate": None})

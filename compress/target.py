@@ -31,7 +31,12 @@ FLAGS = (
     "asimddp",
     "bf16",
 )
-PACKAGES = {"onnxruntime": ("onnxruntime", "onnxruntime-gpu"), "torch": ("torch",), "transformers": ("transformers",)}
+PACKAGES = {
+    "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
+    "openvino": ("openvino",),
+    "torch": ("torch",),
+    "transformers": ("transformers",),
+}
 
 
 class Target(Options):
@@ -43,7 +48,7 @@ class Target(Options):
     """
 
     device: Literal["cpu", "cuda"] = "cpu"
-    runtime: Literal["auto", "onnxruntime", "torch"] = "auto"
+    runtime: Literal["auto", "onnxruntime", "torch", "openvino"] = "auto"
     batch: int = Field(default=1, ge=1)
     sequence: int = Field(default=128, ge=1)
     generate: int | None = Field(default=None, ge=1, description="new tokens; null: one forward pass is timed")
@@ -70,7 +75,7 @@ class Target(Options):
         if self.threads > (cores := len(available_cores())):
             found.append(f"threads: {self.threads} asked, this process may use {cores}; expected 1..{cores}")
         if find_spec(self.chosen) is None:
-            extra = "[cuda]" if self.device == "cuda" else ""
+            extra = "[openvino]" if self.chosen == "openvino" else "[cuda]" if self.device == "cuda" else ""
             found.append(
                 f"runtime: '{self.chosen}' is not installed; expected it here: pip install 'hf-compress{extra}'"
             )

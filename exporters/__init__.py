@@ -3,5 +3,6 @@
 from compress.contract import Options
 from exporters.huggingface import HuggingFace
 from exporters.onnx import Onnx
+from exporters.openvino import OpenVino
 
-EXPORTERS: dict[str, type[Options]] = {"huggingface": HuggingFace, "onnx": Onnx}
+EXPORTERS: dict[str, type[Options]] = {"huggingface": HuggingFace, "onnx": Onnx, "openvino": OpenVino}

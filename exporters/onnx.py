@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -11,17 +11,15 @@ from pydantic import Field, model_validator
 from compress.contract import FLOAT, GRID, Fact
 from compress.data.calibration import calibration
 from compress.errors import ExportError
-from exporters.base import Exporter, outputs_of
+from exporters.base import Exporter
+from exporters.compared import error_of, worst_error
 
 if TYPE_CHECKING:
-    import numpy as np
-    from torch import Tensor
     from transformers import PreTrainedModel
 
     from compress.runtimes.onnx import OnnxRuntime, OnnxSession
     from compress.state import State
 
-SHAPES = ((1, 5), (3, 13), (4, 32))  # batch and sequence of the checks; none is the shape of the export
 PROMPTS = ((1, 6), (3, 4))
 TOKENS = 8  # generated from each prompt
 
@@ -87,19 +85,7 @@ class Onnx(Exporter):
         if state.tokenizer is not None:
             state.tokenizer.save_pretrained(folder)
         session = runtime.open(folder, Target())
-        worst = 0.0
-        for inputs in _checks(state, session):
-            met, shape = session(inputs), tuple(next(iter(inputs.values())).shape)
-            for name, expected in outputs_of(state.model, inputs).items():
-                if name not in met:
-                    raise ExportError(f"onnx: output '{name}' is missing; found {', '.join(met)}")
-                error, allowed = _error(expected, met[name], inputs.get("attention_mask"), self.allowed)
-                worst = max(worst, error)
-                if not error <= allowed or error == float("inf"):
-                    raise ExportError(
-                        f"onnx: output '{name}' differs by {error:.3g} on inputs of shape {shape}; "
-                        f"expected at most {allowed:.3g}"
-                    )
+        worst = worst_error(self.kind, state, session, self.allowed)
         exact = session.cached and self.quantize == "none"
         return max(worst, self._generated(state.model, session)) if exact else worst, figures
 
@@ -144,7 +130,7 @@ class Onnx(Exporter):
                 expected = model.eval().generate(prompt, attention_mask=mask, generation_config=asked)
             model.train(was_training)
             tokens, logits = decoder.generate(session.session, prompt.cpu().numpy(), TOKENS)
-            error, allowed = _error(torch.stack(expected.logits).cpu(), np.stack(logits), None, self.allowed)
+            error, allowed = error_of(torch.stack(expected.logits).cpu(), np.stack(logits), None, self.allowed)
             worst = max(worst, error)
             wrong = np.flatnonzero((tokens != expected.sequences[:, sequence:].cpu().numpy()).any(axis=0))
             if wrong.size or not error <= allowed:
@@ -154,27 +140,3 @@ class Onnx(Exporter):
                     f"and logits that differ by at most {allowed:.3g}"
                 )
         return worst
-
-
-def _checks(state: State, session: OnnxSession) -> Iterator[dict[str, Tensor]]:
-    """Inputs of several shapes, the last row padded on its right; of the one shape where the graph takes no other."""
-    from compress.runtimes import example_inputs
-
-    for seed, (batch, sequence) in enumerate(((2, 16),) if session.fixed else SHAPES, start=1):
-        inputs = example_inputs(state.model, state.tokenizer, batch, sequence, seed=seed)
-        if "attention_mask" in inputs:
-            inputs["attention_mask"][-1, -max(1, inputs["attention_mask"].shape[1] // 3) :] = 0
-        yield inputs
-
-
-def _error(expected: Tensor, met: np.ndarray, mask: Tensor | None, tolerance: float) -> tuple[float, float]:
-    """Largest difference, and what is allowed; places of padding, where attention may see nothing, are left out."""
-    import torch
-
-    found = torch.from_numpy(met)
-    if found.shape != expected.shape:
-        return float("inf"), tolerance
-    if mask is not None and expected.ndim > 2 and expected.shape[:2] == mask.shape:
-        expected, found = expected[mask.bool()], found[mask.bool()]
-    difference = (expected - found).abs().max()
-    return float(difference.nan_to_num(float("inf"))), tolerance * max(1.0, float(expected.abs().max()))

@@ -64,8 +64,7 @@ def test_artifact_is_whole_and_equals_the_model(name, state, tmp_path):
     inputs = TINY["bert"].example(3, 7)
     with torch.no_grad():
         expected = state.model(**inputs).last_hidden_state.numpy()
-    runtime = Target(runtime="onnxruntime" if name == "onnx" else "torch")
-    met = open_artifact(folder, runtime)(inputs)["last_hidden_state"]
+    met = open_artifact(folder, Target())(inputs)["last_hidden_state"]
     np.testing.assert_allclose(met, expected, atol=1e-4)
     assert artifact.intact()
     (folder / "config.json").write_text("{}")
@@ -118,6 +117,17 @@ def test_disagreeing_graph_is_thrown_away(state, tmp_path, monkeypatch):
     with pytest.raises(ExportError, match="'last_hidden_state' differs by 1"):
         EXPORTERS["onnx"]().run(state, tmp_path / "out" / "onnx")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize(("quantize", "largest"), [("int8", 0.6), ("int4", 0.45)])
+def test_openvino_rounds_weights(quantize, largest, state, tmp_path):
+    whole, less = (EXPORTERS["openvino"](quantize=kind).run(state, tmp_path / kind) for kind in ("none", quantize))
+    sizes = [(tmp_path / kind / "openvino_model.bin").stat().st_size for kind in ("none", quantize)]
+    assert sizes[1] < largest * sizes[0]
+    assert (less.precision, whole.precision) == (quantize, "float32")
+    assert whole.worst_error < 1e-4 < less.worst_error < 3
+    with pytest.raises(ExportError, match="differs by"):
+        EXPORTERS["openvino"](quantize=quantize, tolerance=1e-6).run(state, tmp_path / "strict")
 
 
 def test_disagreeing_weights_are_thrown_away(state, tmp_path, monkeypatch):

@@ -154,13 +154,14 @@ def test_stored_tables_are_read_only_where_all_is_equal(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("hasty")
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize(
     "name",
     ["bert", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "gpt2", "vit", "whisper", "t5"))],
 )
-def test_tables_in_onnx_runtime(name, tmp_path):
+def test_tables_in_runtimes_of_graphs(name, runtime, tmp_path):
     model = TINY[name].build()
     layout = layout_of(model)
-    times = table(model, layout, Target(sequence=12), TINY[name].example(1, 12), tmp_path)
+    times = table(model, layout, Target(sequence=12, runtime=runtime), TINY[name].example(1, 12), tmp_path)
     assert times.curves.keys() == layout.axes.keys()
     assert [path.suffix for path in tmp_path.iterdir()] == [".json"]

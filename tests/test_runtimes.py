@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import numpy as np
 import onnx_ir
@@ -10,7 +11,7 @@ import onnxruntime
 import pytest
 import torch
 
-from compress.errors import TargetError
+from compress.errors import ExportError, TargetError
 from compress.families import layout_of
 from compress.runtimes import RUNTIMES, example_inputs, open_artifact, runtime_of
 from compress.runtimes.onnx import DYNAMIC, OnnxRuntime, widened
@@ -68,6 +69,23 @@ def test_onnx_equals_torch_on_other_shapes(name, tmp_path):
         assert_no_slow_norm_comes_back(tmp_path)
 
 
+@pytest.mark.parametrize("name", [one if one == "bert" else pytest.param(one, marks=pytest.mark.slow) for one in QUICK])
+def test_openvino_equals_torch_on_other_shapes(name, tmp_path):
+    model = TINY[name].build()
+    session = open_artifact(RUNTIMES["openvino"].build(model, TINY[name].example(2, 9), tmp_path), Target())
+    assert not session.fixed
+    first = session(TINY[name].example(3, 14))
+    kept = {output: value.copy() for output, value in first.items()}
+    assert_same(session, model, TINY[name].example(3, 14))
+    assert_same(session, model, TINY[name].example(1, 6))
+    assert all(np.array_equal(value, first[output]) for output, value in kept.items())
+    assert session(session.example(2, 7)).keys() == set(session.outputs)
+    with pytest.raises(TargetError, match="has no key-value cache"):
+        session.generate(np.ones((1, 3), np.int64), 2)
+    with pytest.raises(ExportError, match="have no key-value cache"):
+        RUNTIMES["openvino"].build(model, TINY[name].example(2, 9), tmp_path, cache=True)
+
+
 def assert_no_slow_norm_comes_back(folder):
     """That the runtime fuses none when it opens the graph in `folder`."""
     options = onnxruntime.SessionOptions()
@@ -113,6 +131,9 @@ def test_artifacts_are_told_apart_by_their_files(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").touch()
     assert runtime_of(tmp_path) is TORCH
+    (tmp_path / "openvino").mkdir()
+    (tmp_path / "openvino" / "openvino_model.xml").touch()
+    assert runtime_of(tmp_path / "openvino") is RUNTIMES["openvino"]
     (tmp_path / "model.onnx").touch()
     assert runtime_of(tmp_path) is ONNX
     assert runtime_of(tmp_path / "model.onnx") is ONNX
@@ -122,6 +143,10 @@ def test_broken_artifacts_are_named(tmp_path):
     (tmp_path / "model.onnx").write_text("no graph")
     with pytest.raises(TargetError, match=r"model\.onnx: ONNX Runtime can't open it"):
         open_artifact(tmp_path, Target())
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "openvino_model.xml").write_text("no graph")
+    with pytest.raises(TargetError, match=r"openvino_model\.xml: OpenVINO can't open it"):
+        open_artifact(tmp_path / "bare", Target())
     folder = tmp_path / "torch"
     folder.mkdir()
     (folder / "config.json").write_text('{"architectures": ["NoSuchModel"]}')
@@ -134,7 +159,7 @@ def test_broken_artifacts_are_named(tmp_path):
 def test_missing_package_names_what_to_install(runtime, monkeypatch):
     assert runtime.missing() is None
     monkeypatch.setattr("compress.runtimes.base.find_spec", lambda name: None)
-    with pytest.raises(TargetError, match="pip install 'hf-compress'"):
+    with pytest.raises(TargetError, match=rf"pip install 'hf-compress{re.escape(runtime.extra)}'"):
         runtime.require()
 
 

@@ -8,12 +8,13 @@ from compress.errors import TargetError
 from compress.runtimes.base import Artifact, Runtime, Session
 from compress.runtimes.examples import example_inputs
 from compress.runtimes.onnx import OnnxRuntime
+from compress.runtimes.openvino import OpenVino
 from compress.runtimes.torch import TorchRuntime
 from compress.target import Target
 
 __all__ = ["RUNTIMES", "Artifact", "Runtime", "Session", "example_inputs", "open_artifact", "runtime_of"]
 
-RUNTIMES: dict[str, Runtime] = {"onnxruntime": OnnxRuntime(), "torch": TorchRuntime()}
+RUNTIMES: dict[str, Runtime] = {one.name: one for one in (OnnxRuntime(), TorchRuntime(), OpenVino())}
 
 
 def runtime_of(path: Path) -> Runtime:
@@ -26,7 +27,8 @@ def runtime_of(path: Path) -> Runtime:
             return runtime
     met = ", ".join(sorted(file.name for file in path.iterdir())[:8]) if path.is_dir() else "a file"
     raise TargetError(
-        f"{path}: holds {met or 'nothing'}; expected model.onnx, or config.json with .safetensors, or an .onnx file"
+        f"{path}: holds {met or 'nothing'}; expected model.onnx, openvino_model.xml, config.json with .safetensors, or "
+        "an .onnx file"
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +17,7 @@ from compress.errors import TargetError
 from compress.target import Target
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
 
@@ -97,12 +97,14 @@ class Runtime(ABC):
 
     name: ClassVar[str]
     package: ClassVar[str]
+    extra: ClassVar[str] = ""  # what of hf-compress brings the package, where it doesn't itself
 
     def missing(self) -> str | None:
         """How to get the runtime, where it isn't installed."""
         if find_spec(self.package) is not None:
             return None
-        return f"runtime '{self.name}' needs the package '{self.package}'; expected it here: pip install 'hf-compress'"
+        brings = f"pip install 'hf-compress{self.extra}'"
+        return f"runtime '{self.name}' needs the package '{self.package}'; expected it here: {brings}"
 
     def require(self) -> None:
         """Raise TargetError where the runtime isn't installed."""
@@ -131,6 +133,13 @@ class Runtime(ABC):
         With `dynamic`, batch size and sequence length stay open; with `cache`, a decoder takes and gives its key-value
         cache. Raises ExportError where the model can't be written so.
         """
+
+    def build_module(self, module: nn.Module, inputs: Sequence[Tensor], path: Path) -> Path:
+        """Write one module, called with tensors by position, at the fixed shapes of `inputs`; for timing parts.
+
+        Returns what `open` takes, which lies at `path` with a suffix.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def open(self, path: Path, target: Target) -> Session:

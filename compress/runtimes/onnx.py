@@ -138,12 +138,12 @@ class OnnxRuntime(Runtime):
             named = OnnxConfig(dynamic_shapes=decoder.open_dimensions(model, given), ort_fusions="cpu")
             configs = [named]
         else:
-            named = OnnxConfig(dynamic_shapes=_dynamic_shapes(model, given), ort_fusions="cpu")
+            named = OnnxConfig(dynamic_shapes=dynamic_shapes(model, given), ort_fusions="cpu")
             configs = [named, OnnxConfig(dynamic=True, ort_fusions="cpu"), fixed] if dynamic else [fixed]
         reasons = []
         for config in configs:
             try:
-                with quiet(), contextlib.nullcontext() if cache else _uncached(model):
+                with quiet(), contextlib.nullcontext() if cache else uncached_config(model):
                     exported = OnnxExporter().export(model, dict(given), config=config)
                     graph = exported.program.graph
                     split_skip_norms(graph)
@@ -165,7 +165,7 @@ class OnnxRuntime(Runtime):
         raise ExportError(f"onnx: {type(model).__name__} can't be exported{with_cache}: {reasons[-1]}")
 
     def build_module(self, module: nn.Module, inputs: Sequence[Tensor], path: Path) -> Path:
-        """Write one module, called with tensors by position, at the fixed shapes of `inputs`; for timing parts."""
+        """Write one module to a file, called with tensors by position, at the fixed shapes of `inputs`."""
         import onnx_ir
         import torch
         from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
@@ -173,6 +173,7 @@ class OnnxRuntime(Runtime):
 
         from compress.runtimes.graph import forget_weights, split_skip_norms
 
+        path = path.with_suffix(".onnx")
         try:
             # The same patches as for a whole model, so that the part's graph is the one inside the whole.
             with quiet(), torch.no_grad(), apply_patches("dynamo"), apply_patches("onnx"):
@@ -226,7 +227,8 @@ def widened(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return wide
 
 
-def _dynamic_shapes(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, dict[int, Any]]:
+def dynamic_shapes(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, dict[int, Any]]:
+    """Which dimensions of each input stay open, with name and bounds."""
     from torch.export import Dim
 
     length = longest_sequence(model)
@@ -237,7 +239,7 @@ def _dynamic_shapes(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dic
 
 
 @contextlib.contextmanager
-def _uncached(model: PreTrainedModel) -> Iterator[None]:
+def uncached_config(model: PreTrainedModel) -> Iterator[None]:
     """Export without a key-value cache; the config is as it was afterwards."""
     configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
     cached = [config for config in configs.values() if getattr(config, "use_cache", False)]
