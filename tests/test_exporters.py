@@ -50,7 +50,7 @@ def state(tmp_path):
     )
 
 
-@pytest.mark.parametrize("name", EXPORTERS)
+@pytest.mark.parametrize("name", ["huggingface", "onnx", "openvino"])
 def test_artifact_is_whole_and_equals_the_model(name, state, tmp_path):
     folder = tmp_path / "out" / name
     artifact = EXPORTERS[name]().run(state, folder, CARD)
