@@ -2,6 +2,7 @@
 
 from compress.contract import Options
 from exporters.compressed_tensors import CompressedTensors
+from exporters.gguf import Gguf
 from exporters.huggingface import HuggingFace
 from exporters.onnx import Onnx
 from exporters.openvino import OpenVino
@@ -11,4 +12,5 @@ EXPORTERS: dict[str, type[Options]] = {
     "onnx": Onnx,
     "openvino": OpenVino,
     "compressed_tensors": CompressedTensors,
+    "gguf": Gguf,
 }
