@@ -1,0 +1,92 @@
+"""What all passes that set single weights to zero have in common: how many, in which pattern, and what they leave."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pydantic import Field, model_validator
+
+from compress.contract import MASKS, Fact, Options, Part, Pass
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from compress.state import State
+    from passes.pruning.sparse.pattern import Pattern
+
+
+class Runs(Options):
+    """N:M, so many weights kept of each run of inputs: YAML would read 2:4 as a number of minutes."""
+
+    keep: int = Field(ge=1)
+    of: int = Field(ge=2)
+
+    @model_validator(mode="after")
+    def _fewer(self) -> Runs:
+        if self.keep >= self.of:
+            raise ValueError(f"{self.keep} of {self.of} keeps all; expected keep below of, such as {{keep: 2, of: 4}}")
+        return self
+
+
+class Sparsifying(Pass):
+    """Set weights of the linear layers of all blocks to zero; shapes, embeddings and heads stay as they are.
+
+    What was zero by an earlier such step stays and counts: a later step with a larger `sparsity` goes on from there.
+    """
+
+    provides: ClassVar[frozenset[Fact]] = frozenset({MASKS})
+    touches: ClassVar[Part] = Part.VALUES
+
+    sparsity: float | None = Field(default=None, gt=0, lt=1, description="share of the weights that are zero")
+    block: int = Field(default=1, ge=1, description="neighbouring inputs whose weights go together")
+    runs: Runs | None = Field(default=None, description="keep so many of each run of inputs, in place of sparsity")
+
+    @model_validator(mode="after")
+    def _one_pattern(self) -> Sparsifying:
+        if (self.sparsity is None) == (self.runs is None):
+            met = "neither sparsity nor runs is given" if self.runs is None else "both sparsity and runs are given"
+            raise ValueError(f"{met}; expected one of them")
+        if self.runs and self.block > 1:
+            raise ValueError("runs have no block; expected block with sparsity")
+        return self
+
+    @property
+    def pattern(self) -> Pattern:
+        """Where zeros may lie."""
+        from passes.pruning.sparse.pattern import Pattern
+
+        if self.runs:
+            return Pattern(1 - self.runs.keep / self.runs.of, of=self.runs.of)
+        return Pattern(self.sparsity or 0.0, block=self.block)
+
+    def run(self, state: State) -> Iterator[State]:
+        """Yield the state with its weights sparse, and the masks as a fact."""
+        from compress.masks import zeros
+
+        former = dict(state.facts.get(MASKS.name, {}))
+        masks, figures = self.sparsify(state, former)
+        masks = {**former, **masks}
+        state.give(MASKS, masks)
+        state.figures = {**figures, "layers": {name: 1 - float(one.float().mean()) for name, one in masks.items()}}
+        assert not zeros(state.model, masks)["filled"]
+        yield state
+
+    def sparsify(self, state: State, former: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Make the model's matrices sparse; returns their masks by the names of the parameters, and figures.
+
+        `former` are the masks that hold already.
+        """
+        raise NotImplementedError
+
+
+def unfit(name: str, width: int, pattern: Pattern) -> dict[str, str]:
+    """Why a matrix with so many inputs can't have the pattern, by its name; nothing where it can."""
+    return {name: f"its {width} inputs are no multiple of {pattern.run}"} if width % pattern.run else {}
+
+
+def stored(layer: Any, tensor: Tensor) -> Tensor:
+    """A tensor (out, in) as the layer stores its weight, and the other way round."""
+    from transformers.pytorch_utils import Conv1D
+
+    return tensor.T.contiguous() if isinstance(layer, Conv1D) else tensor
