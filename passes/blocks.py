@@ -84,17 +84,17 @@ def _calls(
     return found
 
 
-def matrices_of(block: Entered, seen: Mapping[int, str]) -> tuple[dict[str, Any], dict[str, str]]:
+def matrices_of(model: PreTrainedModel, block: str, seen: Mapping[int, str]) -> tuple[dict[str, Any], dict[str, str]]:
     """The linear layers of a block by name, and why others are none: their matrix was `seen`, by id, in that layer."""
     found: dict[str, Any] = {}
     skipped = {}
-    for name, module in block.module.named_modules():
+    for name, module in model.get_submodule(block).named_modules():
         if not isinstance(module, nn.Linear | Conv1D):
             continue
         if id(module.weight) in seen:
-            skipped[f"{block.name}.{name}"] = f"its matrix is that of {seen[id(module.weight)]}"
+            skipped[f"{block}.{name}"] = f"its matrix is that of {seen[id(module.weight)]}"
         else:
-            found[f"{block.name}.{name}"] = module
+            found[f"{block}.{name}"] = module
     return found, skipped
 
 

@@ -681,7 +681,7 @@ def test_explain_names_the_contract_and_the_branches() -> None:
         "1 cut",
         "needs   statistics, teacher",
         "gives   statistics",
-        "spoils  grid, statistics",
+        "spoils  grid, masks, statistics",
         "1.5x, 2.0x",
     ):
         assert part in told

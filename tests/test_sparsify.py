@@ -31,8 +31,8 @@ from tests.paper import state_of
 from tests.test_distill import distill, make_state
 from tests.world import make_world
 
-# Every pass that leaves masks is listed with a way to run it on any family, and on a labelled text.
-WAYS: dict[str, dict] = {"sparsify": {"samples": 16}}
+# Every pass that leaves masks, with a way to run it on a labelled text.
+WAYS: dict[str, dict] = {"sparsify": {"samples": 16}, "obert": {"gradients": 4, "recomputations": 1}}
 
 
 def sparse(state, **options):
@@ -159,8 +159,12 @@ def test_recovery_keeps_zeros(task: str, tmp_path: Path) -> None:
     assert all(not torch.equal(before[name], after.model.state_dict()[name]) for name in masked(after))
 
 
-def test_finetuning_keeps_zeros(tmp_path: Path) -> None:
-    state = sparse(make_state(tmp_path, "text-classification"), sparsity=0.7)
+@pytest.mark.parametrize("step", WAYS)
+def test_finetuning_keeps_zeros(step: str, tmp_path: Path) -> None:
+    state = make_state(tmp_path, "text-classification")
+    state.workshop.step.mkdir(parents=True)
+    (state,) = PASSES[step](sparsity=0.7, **WAYS[step]).run(state)
+    assert zeros(state.model, masked(state))["share"] == pytest.approx(0.7, abs=0.01)
     (after,) = Finetune(steps=10, learning_rate=0.005, precision="float32").run(state)
     assert zeros(after.model, masked(after))["filled"] == {}
     assert after.figures["best_step"] > 0
@@ -226,12 +230,11 @@ def test_a_plan_raises_the_share_of_zeros_and_proves_after_each_step_that_they_s
 
 def test_a_step_that_breaks_its_promise_is_found_out(plan: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("compress.training.mask_gradients_", lambda masked: None)
-    with pytest.raises(RuntimeError, match="promised to keep zeros and filled some: .'encoder"):
+    with pytest.raises(RuntimeError, match=r"promised to keep zeros and filled some: .'encoder"):
         compress(plan=plan)
 
 
 @pytest.mark.parametrize(("options", "told"), [
-    ({}, "neither sparsity nor runs is given; expected one of them"),
     ({"sparsity": 0.5, "runs": {"keep": 2, "of": 4}}, "both sparsity and runs are given"),
     ({"runs": {"keep": 4, "of": 4}}, r"4 of 4 keeps all; expected keep below of"),
     ({"runs": {"keep": 2, "of": 4}, "block": 4}, "runs have no block"),

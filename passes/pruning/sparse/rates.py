@@ -26,7 +26,7 @@ def allocated(state: State, batches: Sequence[Mapping[str, Tensor]], pattern: Pa
     seen: dict[int, str] = {}
     blocks = sum(stack.length for stack in state.layout.stacks.values())
     for block in track(entered(state.model, state.layout, batches), "errors of all matrices", blocks):
-        layers, _ = matrices_of(block, seen)
+        layers, _ = matrices_of(state.model, block.name, seen)
         weights = {name: stored(layer, layer.weight.detach()) for name, layer in layers.items()}
         weights = {name: one for name, one in weights.items() if not unfit(name, one.shape[1], pattern)}
         facts = moments(state.model, list(weights), block.calls, call=block.run) if weights else {}

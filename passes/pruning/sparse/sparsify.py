@@ -59,7 +59,7 @@ class Sparsify(Sparsifying):
         seen: dict[int, str] = {}
         blocks = sum(stack.length for stack in state.layout.stacks.values())
         for block in track(entered(state.model, state.layout, batches), f"sparsify by {self.method}", blocks):
-            layers, shared = matrices_of(block, seen)
+            layers, shared = matrices_of(state.model, block.name, seen)
             skipped |= shared
             for name, layer in list(layers.items()):
                 if told := unfit(name, stored(layer, layer.weight).shape[1], self.pattern):

@@ -38,15 +38,14 @@ class Sparsifying(Pass):
     provides: ClassVar[frozenset[Fact]] = frozenset({MASKS})
     touches: ClassVar[Part] = Part.VALUES
 
-    sparsity: float | None = Field(default=None, gt=0, lt=1, description="share of the weights that are zero")
+    sparsity: float = Field(default=0.5, gt=0, lt=1, description="share of the weights that are zero")
     block: int = Field(default=1, ge=1, description="neighbouring inputs whose weights go together")
     runs: Runs | None = Field(default=None, description="keep so many of each run of inputs, in place of sparsity")
 
     @model_validator(mode="after")
     def _one_pattern(self) -> Sparsifying:
-        if (self.sparsity is None) == (self.runs is None):
-            met = "neither sparsity nor runs is given" if self.runs is None else "both sparsity and runs are given"
-            raise ValueError(f"{met}; expected one of them")
+        if self.runs and "sparsity" in self.model_fields_set:
+            raise ValueError("both sparsity and runs are given; expected one of them")
         if self.runs and self.block > 1:
             raise ValueError("runs have no block; expected block with sparsity")
         return self
@@ -58,7 +57,7 @@ class Sparsifying(Pass):
 
         if self.runs:
             return Pattern(1 - self.runs.keep / self.runs.of, of=self.runs.of)
-        return Pattern(self.sparsity or 0.0, block=self.block)
+        return Pattern(self.sparsity, block=self.block)
 
     def run(self, state: State) -> Iterator[State]:
         """Yield the state with its weights sparse, and the masks as a fact."""
