@@ -16,7 +16,8 @@ from compress import checkpoint, compress
 from compress.contract import MASKS, stale_after
 from compress.errors import PlanError, TrainingError
 from compress.masks import zeros
-from compress.plan import Plan, Tables
+from compress.plan import Plan, Tables, leaves
+from compress.plan.explain import explain
 from compress.recipe import TrainingOptions
 from compress.runtimes import open_artifact
 from compress.target import Target
@@ -232,6 +233,31 @@ def test_a_step_that_breaks_its_promise_is_found_out(plan: dict, monkeypatch: py
     monkeypatch.setattr("compress.training.mask_gradients_", lambda masked: None)
     with pytest.raises(RuntimeError, match=r"promised to keep zeros and filled some: .'encoder"):
         compress(plan=plan)
+
+
+def test_a_gradual_step_raises_the_share_of_zeros_along_a_cubic(plan: dict) -> None:
+    plan["passes"] = [
+        {"gradual": {"sparsities": {"first": 0.5, "last": 0.9, "stages": 3}, "passes": ["sparsify", "distill"]}}
+    ]
+    read = Plan.read(plan, Tables(PASSES, EXPORTERS))
+    assert read.check() == []
+    assert [one.step.do.sparsity for one in read.nodes() if one.step.name == "sparsify"] == [0.5, 0.85, 0.9]
+    assert [node.branch for node in leaves(read.nodes())] == ["sparse-0.5", "sparse-0.85", "sparse-0.9"]
+    assert Plan.read(read.to_yaml(), Tables(PASSES, EXPORTERS)).passes == read.passes
+    assert "0 gradual: sparse-0.5, then sparse-0.85, then sparse-0.9" in explain(read)
+
+
+@pytest.mark.parametrize(("gradual", "told"), [
+    ({"sparsities": [0.7, 0.5], "passes": ["sparsify"]}, "0.5 stands after 0.7; expected rising sparsities"),
+    ({"sparsities": {"first": 0.9, "last": 0.5, "stages": 2}, "passes": ["sparsify"]}, "expected rising sparsities"),
+    ({"sparsities": {"first": 0.5, "last": 0.9}, "passes": ["sparsify"]}, "gradual.sparsities.*stages"),
+    ({"sparsities": [0.5], "speedups": [2], "passes": ["sparsify"]}, "both speedups and sparsities are given"),
+    ({"sparsities": [0.5], "passes": ["distill"]}, "none of them takes sparsity"),
+    ({"sparsities": [0.5], "passes": [{"sparsify": {"sparsity": 0.5}}]}, "is the gradual step's to fill in"),
+])  # fmt: skip
+def test_shares_that_a_gradual_step_cannot_fill_in_are_told(gradual: dict, told: str) -> None:
+    with pytest.raises(PlanError, match=told):
+        Plan.read({"model": "m", "passes": [{"gradual": gradual}]}, Tables(PASSES, EXPORTERS))
 
 
 @pytest.mark.parametrize(("options", "told"), [
