@@ -115,7 +115,7 @@ def test_blocks_are_a_matrix_read_row_by_row() -> None:
     assert torch.equal(blocked(matrix.expand(2, 3, 7), 4)[1], blocks)
 
 
-OPTIONS = {"gradients": 12, "batch_size": 4, "size": 8, "damping": 1e-5}
+OPTIONS = {"gradients": 12, "batch_size": 4, "size": 8, "damping": 0.1}
 
 
 def surgeon(state, **options):

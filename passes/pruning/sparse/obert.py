@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,13 +30,14 @@ class Obert(Sparsifying):
     of `batch_size` rows of the calibration split. All matrices compete, so that each gets the share of zeros that it
     can bear. The way from the share that there is to the one asked for is gone in `recomputations` equal parts, with
     gradients taken anew for each. Of the inverse matrices, `size` floats a weight, as many are held in memory as
-    `memory` allows, and the gradients taken once for each such part of the model; they wait on disk.
+    `memory` allows, and the gradients taken once for each such part of the model; they wait on disk. `damping` is told
+    as for Gram matrices, by a share: how large gradients are depends on the loss, and on the rows it is the mean of.
     """
 
     gradients: int = Field(default=256, ge=1)
     batch_size: int = Field(default=8, ge=1, description="rows whose mean loss gives a gradient; 1: one a sample")
     size: int = Field(default=32, ge=1, description="weights of a block of the Fisher matrix")
-    damping: float = Field(default=1e-7, gt=0, description="added to its diagonal")
+    damping: float = Field(default=0.01, gt=0, description="added to its diagonal, times the gradients' mean square")
     recomputations: int = Field(default=4, ge=1)
     memory: float = Field(default=4.0, gt=0, description="GiB for the inverses of the matrices looked at together")
 
@@ -136,22 +137,20 @@ class Obert(Sparsifying):
         from passes.pruning.sparse.fisher import add_gradients_, blocked, inverse_fisher
 
         folder.mkdir(parents=True, exist_ok=True)
+        damping = self.damping * mean_square(gradients(state, layers, gone, batches[:SEVERAL]), gone)
         for names in self.grouped(layers):
             inverses = {}
             for name in names:
                 weight = blocked(layers[name].weight.detach(), self.size)
-                inverses[name] = inverse_fisher(len(weight), self.size, self.damping, weight)
+                inverses[name] = inverse_fisher(len(weight), self.size, damping, weight)
             held: dict[str, list[Tensor]] = {name: [] for name in names}
-            weights = {name: layers[name].weight for name in names}
-            with differentiable(state.model, list(weights.values())):
-                for number, batch in enumerate(track(batches, "gradients", len(batches)), 1):
-                    found = torch.autograd.grad(loss_of(state, batch), list(weights.values()), materialize_grads=True)
-                    for name, gradient in zip(names, found, strict=True):
-                        free = stored(layers[name], gradient).masked_fill(gone[name], 0.0)
-                        held[name].append(blocked(free, self.size))
-                        if number % SEVERAL == 0 or number == len(batches):
-                            add_gradients_(inverses[name], torch.stack(held[name]), len(batches))
-                            held[name].clear()
+            mine = {name: layers[name] for name in names}
+            for number, found in enumerate(gradients(state, mine, gone, track(batches, "gradients", len(batches))), 1):
+                for name, gradient in found.items():
+                    held[name].append(blocked(gradient, self.size))
+                    if number % SEVERAL == 0 or number == len(batches):
+                        add_gradients_(inverses[name], torch.stack(held[name]), len(batches))
+                        held[name].clear()
             for name in names:
                 path = folder / f"{name}.safetensors"
                 save_file({"inverse": inverses.pop(name)}, path)
@@ -169,6 +168,27 @@ class Obert(Sparsifying):
             groups[-1].append(name)
             left -= bytes_
         return groups
+
+
+def gradients(
+    state: State, layers: Mapping[str, Any], gone: Mapping[str, Tensor], batches: Iterable[Batch]
+) -> Iterator[dict[str, Tensor]]:
+    """For each batch the gradients (out, in) of layers by name, 0 where weights are gone."""
+    import torch
+
+    weights = [layer.weight for layer in layers.values()]
+    with differentiable(state.model, weights):
+        for batch in batches:
+            found = torch.autograd.grad(loss_of(state, batch), weights, materialize_grads=True)
+            named = zip(layers.items(), found, strict=True)
+            yield {name: stored(layer, one).masked_fill(gone[name], 0.0) for (name, layer), one in named}
+
+
+def mean_square(gradients: Iterable[Mapping[str, Tensor]], gone: Mapping[str, Tensor]) -> float:
+    """Of the gradients of all weights that aren't gone."""
+    squares = [sum(float(one.square().sum()) for one in found.values()) for found in gradients]
+    held = sum(int((~one).sum()) for one in gone.values())
+    return max(sum(squares) / len(squares) / held, 1e-30)
 
 
 @contextmanager
