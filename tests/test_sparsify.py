@@ -26,6 +26,8 @@ from exporters import EXPORTERS
 from exporters.onnx import Onnx
 from passes import PASSES
 from passes.distillation.finetune import Finetune
+from passes.pruning.calibrate import calibration
+from passes.pruning.sparse.gradients import by_outputs
 from passes.pruning.sparse.sparsify import METHODS, Sparsify
 from tests.conftest import TINY, answer, assert_one_model
 from tests.paper import state_of
@@ -100,15 +102,43 @@ def test_a_later_step_goes_on_from_an_earlier(tmp_path: Path) -> None:
     assert zeros(after.model, masked(after))["share"] == pytest.approx(0.6, abs=0.01)
 
 
-def test_rates_follow_what_matrices_can_bear(tmp_path: Path) -> None:
-    options = {"sparsity": 0.5, "samples": 40, "method": "wanda"}
-    even, uneven = (
-        sparse(state_of(TINY["llama"], tmp_path / rates), rates=rates, **options) for rates in ("uniform", "allocated")
-    )
-    shares = uneven.figures["layers"]
-    assert max(shares.values()) - min(shares.values()) > 0.09
-    assert zeros(uneven.model, masked(uneven))["share"] >= 0.49
-    assert sum(uneven.figures["losses"].values()) < sum(even.figures["losses"].values())
+def test_rates_follow_what_the_loss_can_bear(tmp_path: Path) -> None:
+    state = make_state(tmp_path, "text-generation")
+    deaf = state.model.get_submodule("model.layers.1.mlp.down_proj")
+    with torch.no_grad():
+        deaf.weight.zero_()  # so that the loss hears nothing of the matrices before it
+    after = sparse(state, rates="allocated", samples=40)
+    shares = after.figures["layers"]
+    for name in ("gate_proj", "up_proj"):
+        assert shares[f"model.layers.1.mlp.{name}.weight"] == pytest.approx(0.95, abs=0.02)
+    others = [share for name, share in shares.items() if "layers.1.mlp" not in name]
+    assert max(others) - min(others) > 0.09
+    assert zeros(after.model, masked(after))["share"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_what_an_output_is_worth_is_what_the_loss_does_when_it_moves(tmp_path: Path) -> None:
+    state = make_state(tmp_path, "text-classification")
+    (batch,) = calibration(state.data, 1, 1)
+    name, output, step = "bert.encoder.layer.1.intermediate.dense", 3, 1e-3
+    layer = state.model.get_submodule(name)
+    told = by_outputs(state, {name: layer}, [batch])[name]
+    assert told.shape == (32,)
+    slopes = []
+    for place in range(batch["input_ids"].shape[1]):
+        losses = []
+        for sign in (1, -1):
+            shift = torch.zeros(1, batch["input_ids"].shape[1], 32, dtype=torch.float64)
+            shift[0, place, output] = sign * step
+            copied = copy.deepcopy(state.model).double().eval()
+            copied.get_submodule(name).register_forward_hook(lambda one, given, made, shift=shift: made + shift)
+            losses.append(float(copied(**batch).loss.detach()))
+        slopes.append((losses[0] - losses[1]) / (2 * step))
+    assert float(told[output]) == pytest.approx(sum(slope**2 for slope in slopes), rel=1e-3)
+
+
+def test_rates_by_gradients_need_a_loss(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="feature-extraction on this data has no loss of its own"):
+        sparse(make_state(tmp_path, "feature-extraction"), rates="allocated")
 
 
 def test_a_matrix_that_blocks_share_stays_shared(tmp_path: Path) -> None:

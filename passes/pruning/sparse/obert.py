@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
 
-from compress.errors import TrainingError
 from passes.pruning.calibrate import calibration
-from passes.pruning.sparse.sparsity import Sparsifying, stored, unfit
+from passes.pruning.sparse.sparsity import Sparsifying, matrices, stored
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from compress.state import State
 
@@ -51,8 +49,14 @@ class Obert(Sparsifying):
     def sparsify(self, state: State, former: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Go from the present share of zeros to the one asked for."""
         import torch
+        from torch import nn
 
-        layers, skipped = self.layers(state)
+        from passes.blocks import put_everywhere
+
+        layers, skipped = matrices(state, self.pattern)
+        for layer in layers.values():  # the memory of their weights may be another's too
+            own = nn.Parameter(layer.weight.detach().clone(), layer.weight.requires_grad)
+            put_everywhere(state.model, layer.weight, own)
         batches = list(calibration(state.data, self.gradients * self.batch_size, self.batch_size))
         gone = {name: torch.zeros_like(stored(layer, layer.weight), dtype=torch.bool) for name, layer in layers.items()}
         gone |= {name: stored(layers[name], ~former[f"{name}.weight"]) for name in gone if f"{name}.weight" in former}
@@ -65,28 +69,6 @@ class Obert(Sparsifying):
         sample = "one sample" if self.batch_size == 1 else f"a batch of {self.batch_size}"
         told = {"gradients": len(batches), "gradient_of": sample, "costs": costs, "skipped": skipped}
         return {f"{name}.weight": stored(layers[name], ~one) for name, one in gone.items()}, told
-
-    def layers(self, state: State) -> tuple[dict[str, Any], dict[str, str]]:
-        """The matrices of all blocks, each once, and why others are left as they are."""
-        from torch import nn
-
-        from passes.blocks import matrices_of, put_everywhere
-        from passes.pruning.depth.watch import blocks_of
-
-        found: dict[str, Any] = {}
-        skipped: dict[str, str] = {}
-        seen: dict[int, str] = {}
-        for block in blocks_of(state.layout):
-            layers, shared = matrices_of(state.model, block, seen)
-            skipped |= shared
-            for name, layer in layers.items():
-                if told := unfit(name, stored(layer, layer.weight).shape[1], self.pattern):
-                    skipped |= told
-                    continue
-                own = nn.Parameter(layer.weight.detach().clone(), layer.weight.requires_grad)  # another's memory too
-                put_everywhere(state.model, layer.weight, own)
-                found[name], seen[id(own)] = layer, name
-        return found, skipped
 
     def go(
         self, state: State, layers: Mapping[str, Any], gone: dict[str, Tensor], batches: Sequence[Batch], share: float
@@ -135,9 +117,10 @@ class Obert(Sparsifying):
 
         from compress.progress import track
         from passes.pruning.sparse.fisher import add_gradients_, blocked, inverse_fisher
+        from passes.pruning.sparse.gradients import by_weights
 
         folder.mkdir(parents=True, exist_ok=True)
-        damping = self.damping * mean_square(gradients(state, layers, gone, batches[:SEVERAL]), gone)
+        damping = self.damping * mean_square(by_weights(state, layers, gone, batches[:SEVERAL]), gone)
         for names in self.grouped(layers):
             inverses = {}
             for name in names:
@@ -145,7 +128,7 @@ class Obert(Sparsifying):
                 inverses[name] = inverse_fisher(len(weight), self.size, damping, weight)
             held: dict[str, list[Tensor]] = {name: [] for name in names}
             mine = {name: layers[name] for name in names}
-            for number, found in enumerate(gradients(state, mine, gone, track(batches, "gradients", len(batches))), 1):
+            for number, found in enumerate(by_weights(state, mine, gone, track(batches, "gradients", len(batches))), 1):
                 for name, gradient in found.items():
                     held[name].append(blocked(gradient, self.size))
                     if number % SEVERAL == 0 or number == len(batches):
@@ -170,48 +153,8 @@ class Obert(Sparsifying):
         return groups
 
 
-def gradients(
-    state: State, layers: Mapping[str, Any], gone: Mapping[str, Tensor], batches: Iterable[Batch]
-) -> Iterator[dict[str, Tensor]]:
-    """For each batch the gradients (out, in) of layers by name, 0 where weights are gone."""
-    import torch
-
-    weights = [layer.weight for layer in layers.values()]
-    with differentiable(state.model, weights):
-        for batch in batches:
-            found = torch.autograd.grad(loss_of(state, batch), weights, materialize_grads=True)
-            named = zip(layers.items(), found, strict=True)
-            yield {name: stored(layer, one).masked_fill(gone[name], 0.0) for (name, layer), one in named}
-
-
 def mean_square(gradients: Iterable[Mapping[str, Tensor]], gone: Mapping[str, Tensor]) -> float:
     """Of the gradients of all weights that aren't gone."""
     squares = [sum(float(one.square().sum()) for one in found.values()) for found in gradients]
     held = sum(int((~one).sum()) for one in gone.values())
     return max(sum(squares) / len(squares) / held, 1e-30)
-
-
-@contextmanager
-def differentiable(model: nn.Module, weights: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Inside, the model is in evaluation mode and gradients are those of the weights alone."""
-    training, trained = model.training, [one for one in model.parameters() if one.requires_grad]
-    model.eval().requires_grad_(False)
-    for one in weights:
-        one.requires_grad_(True)
-    try:
-        yield
-    finally:
-        model.train(training).requires_grad_(False)
-        for one in trained:
-            one.requires_grad_(True)
-
-
-def loss_of(state: State, batch: Batch) -> Tensor:
-    """The model's own loss on a batch; raises TrainingError where it has none."""
-    given = {name: tensor.to(state.model.device) for name, tensor in batch.items()}
-    loss = state.model(**given).loss if "labels" in given or "start_positions" in given else None
-    if loss is None:
-        raise TrainingError(
-            f"obert: {state.task.name} on this data has no loss of its own; expected a task with a head and labels"
-        )
-    return loss

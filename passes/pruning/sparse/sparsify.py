@@ -24,8 +24,8 @@ class Sparsify(Sparsifying):
     ``magnitude`` keeps the largest, ``wanda`` the largest times the norm of their input; what stays is left as it is.
     ``sparsegpt`` lets the weights that stay make up for those that go, ``alps`` searches zeros and weights together.
     Each block is calibrated on what the blocks before it give once they are sparse, and one block's activations are
-    held at a time. Every matrix has the same `sparsity`, or with ``rates: allocated`` the one by which the relative
-    errors of all, taken by Wanda's choice in the dense model, have the least sum.
+    held at a time. Every matrix has the same `sparsity`, or with ``rates: allocated`` the one by which the model's own
+    loss rises least, by its gradients in the dense model and what Wanda's choice would do to the outputs.
     """
 
     method: Literal["magnitude", "wanda", "sparsegpt", "alps"] = "sparsegpt"

@@ -61,14 +61,11 @@ class Sparsifying(Pass):
 
     def run(self, state: State) -> Iterator[State]:
         """Yield the state with its weights sparse, and the masks as a fact."""
-        from compress.masks import zeros
-
         former = dict(state.facts.get(MASKS.name, {}))
         masks, figures = self.sparsify(state, former)
         masks = {**former, **masks}
         state.give(MASKS, masks)
         state.figures = {**figures, "layers": {name: 1 - float(one.float().mean()) for name, one in masks.items()}}
-        assert not zeros(state.model, masks)["filled"]
         yield state
 
     def sparsify(self, state: State, former: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -77,6 +74,26 @@ class Sparsifying(Pass):
         `former` are the masks that hold already.
         """
         raise NotImplementedError
+
+
+def matrices(state: State, pattern: Pattern) -> tuple[dict[str, Any], dict[str, str]]:
+    """The linear layers of all blocks that can have a pattern, each matrix once, and why others are left alone."""
+    from passes.blocks import matrices_of
+    from passes.pruning.depth.watch import blocks_of
+
+    found: dict[str, Any] = {}
+    skipped: dict[str, str] = {}
+    seen: dict[int, str] = {}
+    for block in blocks_of(state.layout):
+        layers, shared = matrices_of(state.model, block, seen)
+        skipped |= shared
+        for name, layer in layers.items():
+            seen[id(layer.weight)] = name
+            if told := unfit(name, stored(layer, layer.weight).shape[1], pattern):
+                skipped |= told
+            else:
+                found[name] = layer
+    return found, skipped
 
 
 def unfit(name: str, width: int, pattern: Pattern) -> dict[str, str]:
