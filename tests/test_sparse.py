@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from passes.pruning.sparse.alps import alps, refit
-from passes.pruning.sparse.oneshot import costs, inverse_factor, magnitude, output_error, sparsegpt, wanda
+from passes.pruning.sparse.oneshot import costs, magnitude, sparsegpt, wanda
 from passes.pruning.sparse.pattern import Pattern
 from passes.pruning.widths.obs import damped
+from passes.quantization.solve import inverse_factor, output_error
 
 OUT, IN, TOKENS = 24, 96, 400
 METHODS = {"magnitude": magnitude, "wanda": wanda, "sparsegpt": sparsegpt, "alps": alps}

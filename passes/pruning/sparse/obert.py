@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, model_validator
 
-from passes.pruning.calibrate import calibration
+from compress.data.calibration import calibration
 from passes.pruning.sparse.sparsity import Sparsifying, matrices, stored
 
 if TYPE_CHECKING:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from passes.pruning.sparse.pattern import Pattern
 from passes.pruning.widths.obs import damped
+from passes.quantization.solve import inverse_factor
 
 BLOCK = 128  # columns that are chosen among, and whose errors the later ones take as one product
 
@@ -78,17 +79,6 @@ def costs(weight: Tensor, factor: Tensor, pattern: Pattern) -> Tensor:
     corners = factor[places[:, :, None], places[:, None, :]]  # (runs, size, size), upper triangular
     whitened = torch.linalg.solve_triangular(corners, runs, upper=True, left=False)
     return whitened.square().transpose(0, 1).flatten(1)
-
-
-def inverse_factor(gram: Tensor) -> Tensor:
-    """The upper triangular ``U`` with ``U^T U = inv(gram)``, (in, in)."""
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(gram)), upper=True)
-
-
-def output_error(change: Tensor, gram: Tensor) -> float:
-    """Mean squared error of the outputs, summed over them, of a `change` (out, in) of the matrix: ``tr(D H D^T)``."""
-    change = change.double()
-    return float(((change @ gram.double()) * change).sum())
 
 
 def _without(scores: Tensor, held: Tensor | None) -> Tensor:

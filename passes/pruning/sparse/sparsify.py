@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from passes.pruning.calibrate import BATCH, calibration
+from compress.data.calibration import BATCH, calibration
 from passes.pruning.sparse.sparsity import Sparsifying, stored, unfit
 
 if TYPE_CHECKING:
@@ -47,8 +47,9 @@ class Sparsify(Sparsifying):
         from compress.statistics import moments
         from passes.blocks import entered, matrices_of, put_everywhere
         from passes.pruning.sparse.alps import alps
-        from passes.pruning.sparse.oneshot import magnitude, output_error, sparsegpt, wanda
+        from passes.pruning.sparse.oneshot import magnitude, sparsegpt, wanda
         from passes.pruning.sparse.rates import allocated
+        from passes.quantization.solve import output_error
 
         solve = dict(zip(METHODS, (magnitude, wanda, sparsegpt, alps), strict=True))[self.method]
         batches = list(calibration(state.data, self.samples, self.batch_size))
