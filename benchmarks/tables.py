@@ -189,6 +189,21 @@ def artifacts(found: Figures) -> Iterator[str]:
         )
 
 
+def oneshot(found: Figures) -> Iterator[str]:
+    """Zeros without recovery: ways by patterns."""
+    dense = interval(*(found["dense"][name] for name in ("perplexity", "low", "high")), 2)
+    yield f"Dense: perplexity {dense}. Calibration: {found['calibration_tokens']:,} tokens. No recovery."
+    yield ""
+    yield "| pattern | method | zeros | perplexity | of dense | seconds |"
+    yield "|---|---|---|---|---|---|"
+    for row in found["rows"]:
+        worse = row["perplexity"] / found["dense"]["perplexity"]
+        yield (
+            f"| {row['pattern']} | {row['method']} | {100 * row['share']:.1f} % "
+            f"| {interval(row['perplexity'], row['low'], row['high'], 2)} | {worse:.2f}x | {row['seconds']:.0f} |"
+        )
+
+
 def cost(found: Figures) -> Iterator[str]:
     """What pruning and importing cost."""
     yield "| what | figure |"
@@ -212,6 +227,8 @@ SUITES: dict[str, tuple[str, Callable[[Figures], Iterator[str]]]] = {
     "recovery-draft-stories15m": ("stories15M without blocks as the draft of its whole self", drafts),
     "quantization-weights": ("stories15M with the weights of its blocks in few bits: GPTQ against rounding", weights),
     "quantization-artifacts": ("MiniLM-L6 in ONNX Runtime by precision, each artifact judged by itself", artifacts),
+    "sparse-oneshot-stories15m": ("stories15M with half of its weights zero, by several ways, in one go", oneshot),
+    "sparse-oneshot-smollm2": ("SmolLM2-135M with half of its weights zero, by several ways, in one go", oneshot),
     "cost": ("Cost of statistics, database and search, and of starting up", cost),
     "cost-mpnet": ("The same for MPNet-base, 109 M parameters", cost),
     "cost-smollm2": ("The same for SmolLM2-135M", cost),

@@ -23,10 +23,11 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from compress import store
-from compress.contract import FACTS, TEACHER
+from compress.contract import FACTS, MASKS, TEACHER
 from compress.data import Data
 from compress.errors import CompressError, DataError
 from compress.families import layout_of
+from compress.masks import zeros
 from compress.memory import release
 from compress.plan import Node, Plan, leaves
 from compress.plan.world import MARKER, unusable
@@ -149,6 +150,10 @@ class Run:
             missing = step.do.provides - {TEACHER} - {FACTS[name] for name in result.facts}
             if missing:
                 raise RuntimeError(f"{step.name} promised {[fact.name for fact in missing]} and did not give it")
+            if MASKS.name in result.facts:
+                result.figures["zeros"] = found = zeros(result.model, result.facts[MASKS.name])
+                if found["filled"]:
+                    raise RuntimeError(f"{step.name} promised to keep zeros and filled some: {found['filled']}")
             row = {
                 "pass": step.name,
                 "options": step.do.model_dump(mode="json"),

@@ -25,12 +25,13 @@ from torch import Tensor, nn
 from compress import snapshot
 from compress.doctor import bf16_pays
 from compress.errors import TrainingError
+from compress.masks import Masks, mask_gradients_
 from compress.optimizer import optimizer_of
 from compress.processes import accelerator, level_
 from compress.progress import track
 from compress.recipe import TrainingOptions
 from compress.recompute import recomputed
-from compress.shares import clip_, shared
+from compress.shares import clip_, like, shared
 from compress.snapshot import Progress, put_weights, weights_of
 
 Batch = Mapping[str, Tensor]
@@ -78,15 +79,16 @@ def train(
     total_steps: int | None,
     validate: Validate | None = None,
     beside: Beside | None = None,
+    masks: Masks | None = None,
     what: str = "train",
 ) -> TrainingResult:
     """Train `model` in place and leave it with the weights that validated best, those it came with included.
 
     `batches` gives the batches of an epoch, the same ones for the same number. `loss` gives a scalar, or named scalars
     whose sum is trained. `validate` gives a score, lower is better, alone or as `validation` among other figures for
-    the history; without it the last weights stay. `beside` is trained along. A checkpoint found in `folder` is gone on
-    from. Raises TrainingError where there is nothing to train, no data, a loss that is not a number, or the checkpoint
-    of another run.
+    the history; without it the last weights stay. `beside` is trained along. Weights that `masks`, by the names in
+    `model`, rule out are zero and stay so. A checkpoint found in `folder` is gone on from. Raises TrainingError where
+    there is nothing to train, no data, a loss that is not a number, or the checkpoint of another run.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
@@ -96,7 +98,7 @@ def train(
     with torch.random.fork_rng(), recomputed(model) if options.recompute else nullcontext():
         try:
             with shared(model, accelerator().device) if several else nullcontext():
-                run = _Run(model, beside or Beside(), options, folder / CHECKPOINT, total_steps, what)
+                run = _Run(model, beside or Beside(), options, folder / CHECKPOINT, total_steps, what, masks or {})
                 progress = run.go(batches, loss, validate)
         finally:
             model.__dict__.pop("_is_accelerate_prepared", None)  # accelerate would not take the model a second time
@@ -109,7 +111,14 @@ class _Run:
     """One run: the accelerator, the optimizer, the progress, the average and the best weights."""
 
     def __init__(
-        self, model: nn.Module, beside: Beside, options: TrainingOptions, path: Path, total: int | None, what: str
+        self,
+        model: nn.Module,
+        beside: Beside,
+        options: TrainingOptions,
+        path: Path,
+        total: int | None,
+        what: str,
+        masks: Masks,
     ) -> None:
         self.accelerator = accelerator()
         self.processes = self.accelerator.num_processes if options.together else 1
@@ -126,6 +135,8 @@ class _Run:
         self.model = model.to(self.device) if whole else self.accelerator.prepare_model(model)
         self.beside.to(self.device)
         self.optimizer = optimizer_of(self.held, options)
+        held = {name: model.get_parameter(name) for name in masks}
+        self.masked = [(held[name], like(mask.to(self.device), held[name])) for name, mask in masks.items()]
         self.bfloat16 = options.precision == "bfloat16" or (options.precision == "auto" and bf16_pays())
         self.progress = Progress()
         self.best: snapshot.Weights = {}
@@ -225,6 +236,7 @@ class _Run:
             sums = {name: sums.get(name, 0.0) + value for name, value in values.items()}
         if self.processes > 1:
             sums = level_(self.beside, sums, self.accelerator)
+        mask_gradients_(self.masked)
         if options.clip:
             norm = self.clip(options.clip)
             self.check({"norm of the gradient": norm}, rate)

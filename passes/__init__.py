@@ -10,6 +10,8 @@ from passes.pruning.depth.drop_blocks import DropBlocks
 from passes.pruning.depth.fold import Fold
 from passes.pruning.replace.puzzle import Puzzle
 from passes.pruning.rotate.slice_hidden import SliceHidden
+from passes.pruning.sparse.obert import Obert
+from passes.pruning.sparse.sparsify import Sparsify
 from passes.pruning.uniform.minitron import Minitron
 from passes.pruning.vocabulary import Vocabulary
 from passes.pruning.widths.optin import Optin
@@ -34,6 +36,8 @@ PASSES: dict[str, type[Pass]] = {
     "puzzle": Puzzle,
     "smoothquant": Smoothquant,
     "gptq": Gptq,
+    "sparsify": Sparsify,
+    "obert": Obert,
     "binarize": Binarize,
     "self_data": SelfData,
     "select": Select,

@@ -21,8 +21,8 @@ from compress.target import Target
 from exporters import EXPORTERS
 from exporters.onnx import Onnx
 from passes import PASSES
+from passes.blocks import entered
 from passes.pruning.widths.obs import damped
-from passes.quantization.blocks import entered
 from passes.quantization.gptq import Gptq
 from passes.quantization.grid import Grid
 from passes.quantization.solve import gptq, inverse_factor, output_error

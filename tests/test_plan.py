@@ -245,7 +245,7 @@ WRONG = {
     "gradual without speed-ups": (
         "passes:\n  - gradual: {passes: [cut]}\n",
         4,
-        ["passes[0].gradual.speedups: is missing"],
+        ["passes[0].gradual: neither speedups nor sparsities is given; expected one of them"],
     ),
     "gradual of no speed-up": (
         "passes:\n  - gradual:\n      speedups: []\n      passes: [measure, cut]\n",
@@ -265,7 +265,10 @@ WRONG = {
     "gradual with a strange option": (
         "passes:\n  - gradual:\n      speedup: 2\n      speedups: [2]\n      passes: [measure, cut]\n",
         5,
-        ["passes[0].gradual.speedup: unknown option; expected one of speedups, passes", "did you mean 'speedups'"],
+        [
+            "passes[0].gradual.speedup: unknown option; expected one of speedups, sparsities, passes",
+            "did you mean 'speedups'",
+        ],
     ),
     "gradual with a speed-up inside": (
         "passes:\n  - gradual:\n      speedups: [2, 3]\n      passes:\n      - measure\n      - cut:\n"
@@ -299,7 +302,7 @@ WRONG = {
         8,
         [
             "passes[1].gradual.passes[0].cut: needs 'statistics'",
-            "which passes[1].gradual.passes[0].cut makes stale for the next speed-up; expected measure in the",
+            "which passes[1].gradual.passes[0].cut makes stale for the next target; expected measure in the",
         ],
     ),
     "gradual that packs": (
@@ -681,7 +684,7 @@ def test_explain_names_the_contract_and_the_branches() -> None:
         "1 cut",
         "needs   statistics, teacher",
         "gives   statistics",
-        "spoils  grid, statistics",
+        "spoils  grid, masks, statistics",
         "1.5x, 2.0x",
     ):
         assert part in told

@@ -14,9 +14,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from compress import compress
+from compress.contract import MASKS
 from compress.errors import TrainingError
+from compress.masks import zeros
 from compress.training import CHECKPOINT
 from passes.distillation.compare import Comparison
+from passes.pruning.sparse.sparsify import Sparsify
 from tests.test_distill import distill, make_state, prune
 from tests.world import make_world
 
@@ -41,11 +44,13 @@ PLAN = {
 
 
 def recover(folder: Path, **more: Any) -> None:
-    """Distil a pruned model with all that a step may have: dropout, learned maps, an average; then write it down."""
+    """Distil a pruned, sparse model with all that a step may have: dropout, learned maps, an average; write it down."""
     state = make_state(folder, "text-classification", attention_probs_dropout_prob=0.2)
     prune(state)
+    (state,) = Sparsify(method="magnitude", sparsity=0.3).run(state)
     options = {"steps": 8, "batch_size": 6, "accumulate": 4, "dropout": True, "average": 0.5, "losses": LOSSES}
     after = distill(state, checkpoint_every=4, **options, **more)
+    assert zeros(after.model, after.facts[MASKS.name])["filled"] == {}
     rank = PartialState().process_index
     save_file(after.model.state_dict(), folder / f"{rank}.safetensors")
     (folder / f"{rank}.json").write_text(json.dumps(after.figures))

@@ -22,7 +22,7 @@ def explain(plan: Plan) -> str:
     ]
     for index, step in enumerate(plan.passes):
         if isinstance(step, Gradual):
-            targets = ", then ".join(f"{speedup:g}x" for speedup in step.speedups)
+            targets = ", then ".join(step.targets)
             lines += ["", f"{_title((index,), step)}: {targets}"]
         for number in dict.fromkeys(node.number for node in nodes if node.index == index):
             made = [node for node in nodes if node.number == number]

@@ -47,10 +47,10 @@ class Node:
 
 @dataclass(frozen=True)
 class Link:
-    """A pass in the order they run, a gradual step's for each speed-up anew.
+    """A pass in the order they run, a gradual step's for each target anew.
 
     It takes one model of each of `follows`, which are alternatives by their numbers in that order. `member` is the
-    speed-up that it works for, and `ends` says that its model is the one of that speed-up.
+    target that it works for, and `ends` says that its model is the one of that target.
     """
 
     number: Number
@@ -212,7 +212,7 @@ def contradictions(
     """
     followed, problems = follow(steps)
     links = chain(steps, followed)
-    told: dict[tuple[Path, str], Problem] = {}  # a gradual step's passes are looked at for each speed-up, and told once
+    told: dict[tuple[Path, str], Problem] = {}  # a gradual step's passes are looked at for each target, and told once
     known: list[frozenset[Fact]] = []
     spoiled: list[dict[Fact, int]] = []  # by which link a fact that was known went stale
     fixed: list[int | None] = []  # the link that fixed the format
@@ -269,7 +269,7 @@ def _missing(
     if spoiler is not None:
         by, mine = links[spoiler].place, links[index].number
         if links[spoiler].number[0] == mine[0] and links[spoiler].number >= mine:
-            return f"{needs}, which {by} makes stale for the next speed-up; expected {giver} in the gradual step"
+            return f"{needs}, which {by} makes stale for the next target; expected {giver} in the gradual step"
         return f"{needs}, which {by} has made stale; expected {giver} again between {by} and it"
     late = next((link for link in links[index + 1 :] if fact in link.step.do.provides), None)
     if late is not None:

@@ -11,7 +11,7 @@ from compress.contract import Options, Pass
 from compress.data import DataOptions
 from compress.errors import nearest
 from compress.plan.source import Path, Source
-from compress.plan.steps import FILLED, GRADUAL, Gradual, Stages, Step, takes, unfit
+from compress.plan.steps import GRADUAL, Gradual, Stages, Step, takes, unfit
 from compress.target import Target
 
 KEYS = ("model", "task", "data", "target", "passes", "export", "out")
@@ -98,35 +98,38 @@ def _named(source: Source, items: Any, table: Mapping[str, type[Any]], place: Pa
 def _gradual(
     source: Source, value: Any, beside: dict[str, Any], table: Mapping[str, type[Pass]], path: Path
 ) -> Gradual | None:
-    """A gradual step, or None with its problems noted; its passes are built for every speed-up, to find all of them."""
+    """A gradual step, or None with its problems noted; its passes are built for every target, to find all of them."""
     stages = _build(source, Stages, value, path)
     if stages is None:
         return None
     place = (*path, "passes")
-    for speedup in stages.speedups:
-        passes = list(_named(source, _filled(source, stages.passes, speedup, table, place), table, place))
+    for target in stages.targets.values():
+        passes = list(_named(source, _filled(source, stages, target, table, place), table, place))
     if any(problem.path[: len(place)] == place for problem in source.problems):
         return None
     steps = [Step(**fields) for fields in passes]
-    for at, problem in unfit(steps):
+    for at, problem in unfit(steps, stages.filled):
         source.blame(place if at is None else (*place, at, steps[at].name), problem)
         return None
-    return Gradual(speedups=stages.speedups, passes=tuple(steps), **beside)
+    targets = {"speedups": stages.speedups, "sparsities": stages.sparsities}
+    return Gradual(**targets, passes=tuple(steps), **beside)
 
 
-def _filled(source: Source, items: Any, speedup: float, table: Mapping[str, type[Pass]], place: Path) -> Any:
-    """The passes of a gradual step with the speed-up where one takes it; what isn't well formed stays as it is."""
+def _filled(source: Source, stages: Stages, target: Any, table: Mapping[str, type[Pass]], place: Path) -> Any:
+    """The passes of a gradual step with the target where one takes it; what isn't well formed stays as it is."""
+    items, filled_in = stages.passes, stages.filled
     if not isinstance(items, list):
         return items
     filled = []
     for index, item in enumerate(items):
         fields = {item: None} if isinstance(item, str) else item
         for name, options in fields.items() if isinstance(fields, dict) else ():
-            if not (name in table and takes(table[name]) and isinstance(options, dict | None)):
+            if not (name in table and takes(table[name], filled_in) and isinstance(options, dict | None)):
                 continue
-            if options and FILLED in options:
-                source.blame((*place, index, name, FILLED), "is the gradual step's to fill in; expected it there alone")
-            fields = {**fields, name: {**(options or {}), FILLED: [speedup]}}
+            if options and filled_in in options:
+                told = "is the gradual step's to fill in; expected it there alone"
+                source.blame((*place, index, name, filled_in), told)
+            fields = {**fields, name: {**(options or {}), filled_in: target}}
         filled.append(fields)
     return filled
 

@@ -46,7 +46,7 @@ def schema(tables: tuple[Any, Any]) -> dict[str, Any]:
 
 
 def _passes(table: Mapping[str, type[BaseModel]], shared: dict[str, Any]) -> Any:
-    """The list of passes, a gradual step among them, whose own passes are given no speed-up."""
+    """The list of passes, a gradual step among them, whose own passes are given no speed-ups."""
     beside = {"id": ID, "after": AFTER}
     passes = _list("passes", table, beside, shared)
     stages = _options(GRADUAL, Stages, shared)

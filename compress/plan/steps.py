@@ -1,4 +1,4 @@
-"""What stands in a plan's lists: passes, exporters, and passes that are gone through for one speed-up after another."""
+"""What stands in a plan's lists: passes, exporters, and passes that are gone through for one target after another."""
 
 from __future__ import annotations
 
@@ -7,12 +7,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, InstanceOf, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from compress.contract import Options, Pass
 
 GRADUAL: Literal["gradual"] = "gradual"
-FILLED = "speedups"  # the option that a gradual step fills in
+FILLED = "speedups"  # the option that a gradual step fills in, unless it raises the share of zeros
 
 
 class Named(BaseModel):
@@ -77,73 +86,125 @@ class Step(Placed, Named):
         return {**(written if isinstance(written, dict) else {written: None}), **beside} if beside else written
 
 
-class Stages(Options):
-    """A family of models in one go: for each speed-up the passes run again, on the model of the one before.
+class Cubic(Options):
+    """Shares of zeros that rise fast at first, in so many `stages` along a cubic that is flat at its end.
 
-    The models differ in speed by `speedups`, all of them against the dense model; each leaves under the name of its
-    speed-up.
+    Zhu & Gupta, "To prune, or not to prune", 2017 (arXiv:1710.01878), equation 1.
     """
 
-    speedups: tuple[Annotated[float, Field(ge=1)], ...] = Field(min_length=1, description="the targets, rising")
-    passes: Any = Field(description="what is done for each; one of them takes the speed-up")
+    first: float = Field(gt=0, lt=1)
+    last: float = Field(gt=0, lt=1)
+    stages: int = Field(ge=2)
 
-    @field_validator("speedups")
+    def shares(self) -> tuple[float, ...]:
+        """The share of each stage, to four digits."""
+        left = [(1 - stage / (self.stages - 1)) ** 3 for stage in range(self.stages)]
+        return tuple(round(self.last + (self.first - self.last) * part, 4) for part in left)
+
+
+Shares = tuple[Annotated[float, Field(gt=0, lt=1)], ...]
+
+
+def listed(given: Any) -> Any:
+    """The shares of a cubic in a list; of anything else, itself."""
+    return Cubic.model_validate(given).shares() if isinstance(given, Mapping) else given
+
+
+class Stages(Options):
+    """A family of models in one go: for each target the passes run again, on the model of the one before.
+
+    The models differ in speed by `speedups`, all of them against the dense model, or in their share of zeros by
+    `sparsities`; each leaves under the name of its target.
+    """
+
+    model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": [one]} for one in ("speedups", "sparsities")]})
+
+    speedups: tuple[Annotated[float, Field(ge=1)], ...] | None = Field(
+        default=None, min_length=1, description="the targets, rising"
+    )
+    sparsities: Annotated[Shares | None, BeforeValidator(listed, json_schema_input_type=Shares | Cubic)] = Field(
+        default=None, min_length=1, description="shares of zeros in place of speed-ups, rising, or along a cubic"
+    )
+    passes: Any = Field(description="what is done for each; one of them takes the target")
+
+    @field_validator("speedups", "sparsities")
     @classmethod
-    def _rising(cls, speedups: tuple[float, ...]) -> tuple[float, ...]:
-        for one, two in pairwise(speedups):
+    def _rising(cls, targets: tuple[float, ...] | None, info: ValidationInfo) -> tuple[float, ...] | None:
+        for one, two in pairwise(targets or ()):
             if two <= one:
-                raise ValueError(f"{two:g} stands after {one:g}; expected rising speed-ups")
-        return speedups
+                what = {"speedups": "speed-ups"}.get(str(info.field_name), info.field_name)
+                raise ValueError(f"{two:g} stands after {one:g}; expected rising {what}")
+        return targets
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Stages:
+        if bool(self.speedups) == bool(self.sparsities):
+            met = "both speedups and sparsities are" if self.speedups else "neither speedups nor sparsities is"
+            raise ValueError(f"{met} given; expected one of them")
+        return self
+
+    @property
+    def filled(self) -> str:
+        """The option of the pass that takes the target."""
+        return FILLED if self.speedups else "sparsity"
+
+    @property
+    def targets(self) -> dict[str, Any]:
+        """What is filled in for each model, by the name that it has for it."""
+        return {
+            **{f"{speedup:g}x": (speedup,) for speedup in self.speedups or ()},
+            **{f"sparse-{share:g}": share for share in self.sparsities or ()},
+        }
 
 
 class Gradual(Stages, Placed):
-    """Passes that are gone through once for each speed-up (gradual pruning; Kurtic et al., "ZipLM", 2023, section 4).
+    """Passes that are gone through once for each target (gradual pruning; Kurtic et al., "ZipLM", 2023, section 4).
 
-    `passes` are those for the first; the one that takes the speed-up is given each in turn.
+    `passes` are those for the first; the one that takes the target is given each in turn.
     """
 
     name: Literal["gradual"] = GRADUAL
-    passes: tuple[Step, ...] = Field(description="what is done for each; one of them takes the speed-up")
+    passes: tuple[Step, ...] = Field(description="what is done for each; one of them takes the target")
 
     @model_validator(mode="after")
     def _chain(self) -> Gradual:
-        for _, problem in unfit(self.passes):
+        for _, problem in unfit(self.passes, self.filled):
             raise ValueError(problem)
         return self
 
     def members(self) -> Iterator[tuple[str, tuple[Step, ...]]]:
         """The name of each model, empty where there is but one, and the passes that make it of the one before."""
-        for speedup in self.speedups:
-            label = f"{speedup:g}x" if len(self.speedups) > 1 else ""
-            yield label, tuple(self._given(step, speedup) for step in self.passes)
+        for label, target in self.targets.items():
+            yield label if len(self.targets) > 1 else "", tuple(self._given(step, target) for step in self.passes)
 
     def written(self) -> Any:
         """The step as it stands in a YAML plan."""
         passes = [step.written() for step in self.passes]
         for index, step in enumerate(self.passes):
-            if takes(type(step.do)):
-                options = {name: value for name, value in passes[index][step.name].items() if name != FILLED}
+            if takes(type(step.do), self.filled) and isinstance(passes[index], dict):
+                options = {name: value for name, value in passes[index][step.name].items() if name != self.filled}
                 passes[index] = {step.name: options} if options else step.name
-        return {self.name: {"speedups": list(self.speedups), "passes": passes}, **self.beside()}
+        targets = self.model_dump(mode="json", include={"speedups", "sparsities"}, exclude_defaults=True)
+        return {self.name: {**targets, "passes": passes}, **self.beside()}
 
-    def _given(self, step: Step, speedup: float) -> Step:
-        """The step with the speed-up filled in, if it takes one."""
-        if not takes(type(step.do)):
+    def _given(self, step: Step, target: Any) -> Step:
+        """The step with the target filled in, if it takes one."""
+        if not takes(type(step.do), self.filled):
             return step
-        options = {**step.do.model_dump(exclude_unset=True), FILLED: (speedup,)}
+        options = {**step.do.model_dump(exclude_unset=True), self.filled: target}
         return step.model_copy(update={"do": type(step.do).model_validate(options)})
 
 
-def takes(cls: type[BaseModel]) -> bool:
-    """Whether a pass is told a speed-up."""
-    return FILLED in cls.model_fields
+def takes(cls: type[BaseModel], filled: str) -> bool:
+    """Whether a pass is told a target by the option of that name."""
+    return filled in cls.model_fields
 
 
-def unfit(passes: Sequence[Step]) -> Iterator[tuple[int | None, str]]:
+def unfit(passes: Sequence[Step], filled: str) -> Iterator[tuple[int | None, str]]:
     """What keeps passes from being a gradual step's, with the number of the pass where it is one."""
-    takers = [step.name for step in passes if takes(type(step.do))]
+    takers = [step.name for step in passes if takes(type(step.do), filled)]
     if len(takers) != 1:
-        met = f"{' and '.join(takers)} take {FILLED}" if takers else f"none of them takes {FILLED}"
+        met = f"{' and '.join(takers)} take {filled}" if takers else f"none of them takes {filled}"
         yield None, f"{met}; expected one pass that does"
     for index, step in enumerate(passes):
         if len(step.do.branches) > 1 and step.name not in takers:

@@ -15,10 +15,12 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.nn import functional
 
+from compress.contract import MASKS
 from compress.data.batches import IGNORED
 from compress.errors import DataError, TrainingError
 from compress.families import layout_of
-from compress.layout import Layout, record_of
+from compress.layout import Layout, prefix_of, record_of
+from compress.masks import Masks, inside
 from compress.recipe import TrainingOptions
 from compress.state import State
 from compress.stream import width_of
@@ -252,6 +254,7 @@ class Comparison:
                 lambda: islice(source.batches("validation", size, seed=0), max(1, rows // size))
             ),
             beside=self.beside,
+            masks=self.masks(),
             what=what,
         )
         if self.teacher is not None:
@@ -263,6 +266,11 @@ class Comparison:
             "warnings": hacked(result.history),
             **result.figures(),
         }
+
+    def masks(self) -> Masks:
+        """The masks of the student, where it is sparse."""
+        masks = self.state.facts.get(MASKS.name, {})
+        return masks if self.student is self.state.model else inside(masks, prefix_of(self.state.model))
 
     def judge(self, batches: Callable[[], Iterable[Mapping[str, Tensor]]]) -> dict[str, float]:
         """What a validation tells: the losses and, where predictions are read of data with labels, that on labels."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
-from compress.contract import PREDICTIONS, STATES, TEACHER, Fact, Options, Part, Pass
+from compress.contract import MASKS, PREDICTIONS, STATES, TEACHER, Fact, Options, Part, Pass
 from compress.data import DataOptions
 from compress.data.options import SOURCES
 from compress.errors import TrainingError
@@ -49,12 +49,13 @@ class Distill(TrainingOptions, Pass):
     fine-tuned one from what it was before. `data` is what this stage learns from, if not the plan's.
 
     With `lora` every linear layer has a low-rank adapter, and they alone are trained, in little memory: LLM-Neo (Yang
-    et al., arXiv:2411.06839).
+    et al., arXiv:2411.06839). The zeros of a sparse model stay, which adapters would fill.
     """
 
     version = 4
     merges = True
 
+    keeps = frozenset({MASKS})
     touches = Part.VALUES
     together = True
 
@@ -170,7 +171,7 @@ class Distill(TrainingOptions, Pass):
             turns.append(mixing.turn)
         if self.on_policy:
             turns.append(partial(self.on_policy.turn, student=state.model, ends=ends_of(state.model, state.tokenizer)))
-        with self.limited(compare.student, tables_too) as skipped:
+        with self.limited(compare.student, tables_too, MASKS.name in state.facts) as skipped:
             trained = sum(one.numel() for one in compare.student.parameters() if one.requires_grad)
             told = compare.train(self, state.workshop.step, "distill", self.validation_rows, turns)
         state.figures |= {**told, "trained_parameters": trained, "skipped": skipped}
@@ -178,11 +179,13 @@ class Distill(TrainingOptions, Pass):
             state.figures["mixture"] = mixing.figures()
 
     @contextmanager
-    def limited(self, student: nn.Module, tables_too: bool) -> Iterator[dict[str, str]]:
+    def limited(self, student: nn.Module, tables_too: bool, masked: bool) -> Iterator[dict[str, str]]:
         """Inside, what the options leave out of training stays as it is; yields the layers that can't be adapted."""
         from passes.distillation.adapters import adapted
 
         if self.lora:
+            if masked:
+                raise TrainingError("distill: adapters would fill the zeros of a sparse model; expected no lora")
             with adapted(student, self.lora.rank, self.lora.alpha, self.seed) as skipped:
                 yield skipped
             return

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from compress.contract import TEACHER, Part, Pass
+from compress.contract import MASKS, TEACHER, Part, Pass
 from compress.errors import TrainingError
 from compress.recipe import TrainingOptions
 
@@ -21,6 +21,7 @@ class Finetune(TrainingOptions, Pass):
     """Train on the task's own loss and keep the weights with the best headline score on the validation split."""
 
     provides = frozenset({TEACHER})
+    keeps = frozenset({MASKS})
     touches = Part.VALUES
     together = True
 
@@ -51,6 +52,7 @@ class Finetune(TrainingOptions, Pass):
             folder=state.workshop.step,
             total_steps=self.total_steps(data.count("train")),
             validate=validate,
+            masks=state.facts.get(MASKS.name),
             what="finetune",
         )
         scores = evaluate(state.model, data, task, split="validation", batch_size=self.batch_size)

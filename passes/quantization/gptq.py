@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from compress.contract import GRID, Fact, Part, Pass
+from compress.contract import GRID, MASKS, Fact, Part, Pass
 from compress.data.calibration import BATCH, calibration
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-    from transformers import PreTrainedModel
+    from torch import Tensor
 
     from compress.state import State
 
@@ -26,6 +25,7 @@ class Gptq(Pass):
     """
 
     provides: ClassVar[frozenset[Fact]] = frozenset({GRID})
+    keeps: ClassVar[frozenset[Fact]] = frozenset({MASKS})
     touches: ClassVar[Part] = Part.VALUES | Part.FORMAT
 
     bits: Literal[8, 4, 3] = 4
@@ -45,7 +45,7 @@ class Gptq(Pass):
 
         from compress.progress import track
         from compress.statistics import moments
-        from passes.quantization.blocks import entered
+        from passes.blocks import entered, matrices_of, put_everywhere
         from passes.quantization.solve import output_error
 
         batches = list(calibration(state.data, self.samples, self.batch_size))
@@ -55,13 +55,8 @@ class Gptq(Pass):
         seen: dict[int, str] = {}
         blocks = sum(stack.length for stack in state.layout.stacks.values())
         for block in track(entered(state.model, state.layout, batches), "gptq", blocks):
-            layers: dict[str, Any] = {
-                f"{block.name}.{name}": one
-                for name, one in block.module.named_modules()
-                if isinstance(one, nn.Linear | Conv1D)
-            }
-            for name in [name for name, layer in layers.items() if id(layer.weight) in seen]:
-                skipped[name] = f"its matrix is that of {seen[id(layers.pop(name).weight)]}"
+            layers, shared = matrices_of(state.model, block.name, seen)
+            skipped |= shared
             if not layers:
                 continue
             facts = moments(state.model, list(layers), block.calls, call=block.run)
@@ -100,11 +95,3 @@ class Gptq(Pass):
                 weight, gram, self.bits, group, symmetric=self.symmetric, order=self.order, damping=self.damping
             )
         return rounded, grid.scale, grid.zero, group
-
-
-def put_everywhere(model: PreTrainedModel, old: nn.Parameter, new: nn.Parameter) -> None:
-    """Put a parameter in the place of another in every module that has it: folded blocks share theirs."""
-    for module in model.modules():
-        for name, held in list(module.named_parameters(recurse=False)):
-            if held is old:
-                setattr(module, name, new)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from compress.contract import Part, Pass
+from compress.contract import MASKS, Fact, Part, Pass
 from compress.data.calibration import BATCH, calibration
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ class Smoothquant(Pass):
     norm gives goes into the sum after the layer as well.
     """
 
+    keeps: ClassVar[frozenset[Fact]] = frozenset({MASKS})
     touches: ClassVar[Part] = Part.VALUES
 
     strength: float = Field(default=0.5, ge=0, le=1, description="0: weights get smooth, 1: activations do")

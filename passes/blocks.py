@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from compress.errors import LayoutError
 from compress.layout import Layout
@@ -81,3 +82,25 @@ def _calls(
             mask = batch.get("attention_mask")
             answer(model, batch)
     return found
+
+
+def matrices_of(model: PreTrainedModel, block: str, seen: Mapping[int, str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The linear layers of a block by name, and why others are none: their matrix was `seen`, by id, in that layer."""
+    found: dict[str, Any] = {}
+    skipped = {}
+    for name, module in model.get_submodule(block).named_modules():
+        if not isinstance(module, nn.Linear | Conv1D):
+            continue
+        if id(module.weight) in seen:
+            skipped[f"{block}.{name}"] = f"its matrix is that of {seen[id(module.weight)]}"
+        else:
+            found[f"{block}.{name}"] = module
+    return found, skipped
+
+
+def put_everywhere(model: PreTrainedModel, old: nn.Parameter, new: nn.Parameter) -> None:
+    """Put a parameter in the place of another in every module that has it: folded blocks share theirs."""
+    for module in model.modules():
+        for name, held in list(module.named_parameters(recurse=False)):
+            if held is old:
+                setattr(module, name, new)

@@ -1,0 +1,1 @@
+"""Sparse models: what zeros cost, and where they pay."""

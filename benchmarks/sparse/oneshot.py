@@ -1,0 +1,110 @@
+"""Zeros in one go by several ways, without recovery: perplexity of a decoder, stories15M or SmolLM2-135M.
+
+    python -m benchmarks.sparse.oneshot --model MODEL --name stories15m --source text/tinystories_sample.txt
+        [--test wikitext2/wiki.test.tokens] [--patterns half 2:4] [--ways obert ...]
+
+`--model` is its folder. Texts lie below `--data`, for which HF_COMPRESS_DATA stands; without `--test` a part of the
+source is held out. All ways see the same calibration rows, which none is scored on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from benchmarks.harness import record
+from compress.contract import MASKS, Pass
+from compress.evaluate import evaluate
+from compress.masks import zeros
+from compress.plan import Plan, Tables
+from compress.runner import Run
+from compress.state import State, Workshop
+from exporters import EXPORTERS
+from passes import PASSES
+
+TASK = "text-generation"
+LENGTH, ROWS = 256, 64
+PATTERNS: dict[str, dict[str, Any]] = {
+    "half": {"sparsity": 0.5},
+    "70": {"sparsity": 0.7},
+    "2:4": {"runs": {"keep": 2, "of": 4}},
+    "block-4": {"sparsity": 0.5, "block": 4},
+}
+METHODS = ("magnitude", "wanda", "sparsegpt", "alps")
+WAYS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{method: ("sparsify", {"method": method}) for method in METHODS},
+    "sparsegpt-allocated": ("sparsify", {"method": "sparsegpt", "rates": "allocated"}),
+    "obert": ("obert", {"gradients": ROWS, "batch_size": 1}),
+}
+
+
+def fits(way: str, pattern: str) -> bool:
+    """Whether a way can leave the pattern: N:M allots every matrix the same."""
+    return "runs" not in PATTERNS[pattern] or "rates" not in WAYS[way][1]
+
+
+def step_of(way: str, pattern: str) -> Pass:
+    """The pass that goes the way."""
+    name, options = WAYS[way]
+    calibration = {"samples": ROWS, "batch_size": 8} if name == "sparsify" else {}
+    return PASSES[name](**PATTERNS[pattern], **options, **calibration)
+
+
+def perplexity(state: State) -> dict[str, float]:
+    """Of the test split, with its interval."""
+    found = evaluate(state.model, state.data, state.task, split="test", batch_size=8)["perplexity"]
+    return {"perplexity": found.value, "low": found.low, "high": found.high}
+
+
+def main() -> None:
+    """Go every way from the dense model and write results/sparse-oneshot-NAME.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--name", required=True, help="what the model is called in the results")
+    parser.add_argument("--source", required=True)
+    parser.add_argument("--test")
+    parser.add_argument("--patterns", nargs="+", choices=list(PATTERNS), default=["half", "2:4"])
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(METHODS))
+    parser.add_argument("--data", type=Path, default=os.environ.get("HF_COMPRESS_DATA"))
+    given = parser.parse_args()
+    if given.data is None:
+        parser.error("expected --data or HF_COMPRESS_DATA")
+    data = {
+        "source": str(Path(given.data) / given.source),
+        "test": str(Path(given.data) / given.test) if given.test else None,
+        "max_length": LENGTH,
+        "held_share": 0.3,
+        "calibration_rows": ROWS,
+        "test_rows": ROWS,
+    }
+    plan = Plan.read(
+        {"model": given.model, "task": TASK, "data": data, "passes": ["sparsify"]}, Tables(PASSES, EXPORTERS)
+    )
+    rows = []
+    with TemporaryDirectory() as folder:
+        start = Run(plan, Path(folder)).state(None)
+        dense = perplexity(start)
+        for pattern in given.patterns:
+            for way in given.ways:
+                if not fits(way, pattern):
+                    continue
+                state = start.branch()
+                state.workshop = Workshop(Path(folder) / way / pattern, Path(folder))
+                started = time.monotonic()
+                (after,) = step_of(way, pattern).run(state)
+                seconds = round(time.monotonic() - started, 1)
+                share = zeros(after.model, after.facts[MASKS.name])["share"]
+                rows.append(
+                    {"method": way, "pattern": pattern, "share": share, "seconds": seconds, **perplexity(after)}
+                )
+                print(rows[-1])
+    tokens = sum(int(batch["attention_mask"].sum()) for batch in start.data.batches("calibration", 8))
+    record(f"sparse-oneshot-{given.name}", {"calibration_tokens": tokens, "dense": dense, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
