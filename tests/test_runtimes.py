@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
+import subprocess
+import sys
 
 import numpy as np
 import onnx_ir
@@ -161,6 +163,18 @@ def test_missing_package_names_what_to_install(runtime, monkeypatch):
     monkeypatch.setattr("compress.runtimes.base.find_spec", lambda name: None)
     with pytest.raises(TargetError, match=rf"pip install 'hf-compress{re.escape(runtime.extra)}'"):
         runtime.require()
+
+
+def test_openvino_sends_no_usage_data():
+    script = """
+from compress.runtimes.openvino import OpenVino
+OpenVino().require()
+import openvino, nncf
+from openvino.tools.ovc import telemetry_utils
+print(type(nncf.telemetry.telemetry).__name__, telemetry_utils.tm.__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["MagicMock", "openvino.tools.ovc.telemetry_stub"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without a GPU is meant")

@@ -6,6 +6,7 @@ Graphs have no key-value cache: a decoder reads whole texts here, and writes non
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,6 +71,11 @@ class OpenVino(Runtime):
     package = "openvino"
     extra = "[openvino]"
 
+    def require(self) -> None:
+        """The same, and no usage data: OpenVINO and nncf send them if they find a package, and do well without."""
+        super().require()
+        sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+
     def holds(self, path: Path) -> bool:
         """An .xml file or a folder with openvino_model.xml."""
         return (path / FILE).is_file() or (path.is_file() and path.suffix == ".xml")
@@ -87,9 +93,9 @@ class OpenVino(Runtime):
         cache: bool = False,
     ) -> Path:
         """Write openvino_model.xml, its weights beside it and the config."""
+        self.require()
         from transformers.exporters import OpenVINOConfig, OpenVINOExporter
 
-        self.require()
         if cache:
             raise ExportError("openvino: graphs have no key-value cache here; expected runtime: onnxruntime, or torch")
         if model.device.type != "cpu" or model.training:  # both would show in the graph
