@@ -126,7 +126,7 @@ def without_task(task: str) -> dict[str, float]:
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_each_loss_alone_recovers(tmp_path, name):
-    state = make_state(tmp_path, "text-classification")
+    state = make_state(tmp_path, "text-generation" if LOSSES[name].across else "text-classification")
     prune(state, heads=1 + getattr(LOSSES[name], "head_by_head", False))
     after = distill(state, losses={name: 1.0})
     assert after.figures["loss_after"] < after.figures["loss_before"]
@@ -169,7 +169,7 @@ def test_a_killed_recovery_resumes_to_the_same_bits(tmp_path, monkeypatch, optio
 
 
 def test_gradients_reach_the_student_and_what_is_beside_it_alone(tmp_path):
-    state = make_state(tmp_path, "text-classification")
+    state = make_state(tmp_path, "text-generation")
     prune(state, heads=2)
     losses = {name: {"project": True} if "project" in cls.model_fields else 1.0 for name, cls in LOSSES.items()}
     compare = Comparison(Losses(**losses), state)

@@ -58,7 +58,10 @@ def show(parts: dict[str, list[torch.Tensor]], mask: torch.Tensor = MASK) -> See
     (predictions,) = parts["predictions"]
     labels = tensors(2)["predictions"][0][: len(mask)]
     loss = (predictions[:, :LENGTH] - labels)[mask[:, :LENGTH]].square().mean()
-    return Seen(mask, parts["states"], predictions, mask, Heads(*parts["heads"]), loss)
+    chunks = ((mask.cumsum(1) - 1) // 2 + 4 * torch.arange(len(mask))[:, None]).masked_fill(~mask, -1)  # of two tokens
+    tokens = torch.arange(mask.shape[1]).expand_as(mask) % CLASSES
+    heads = Heads(*parts["heads"])
+    return Seen(mask, parts["states"], predictions, mask, heads, tokens=tokens, chunks=chunks, loss=loss)
 
 
 def leaves(seed: int) -> dict[str, list[torch.Tensor]]:

@@ -138,7 +138,7 @@ class Encoder:
             texts = [written_answer(row) for row in part]
             answers = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
             for index, (before, after) in enumerate(zip(asked, answers, strict=True)):
-                ids = [*before, *after, *self.end][: self.max_length]
+                ids = [*before, *after, *end_of(self.tokenizer)][: self.max_length]
                 labels = [*[IGNORED] * len(before), *ids[len(before) :]]
                 if len(ids) > len(before):
                     encoded.add(start + index, {"input_ids": [ids]}, 0, labels=labels)
@@ -170,12 +170,6 @@ class Encoder:
                     del tokens[:body]
         return encoded
 
-    @property
-    def end(self) -> list[int]:
-        """The token that ends a text; none where the tokenizer has no such token."""
-        end = self.tokenizer.eos_token_id if self.tokenizer.eos_token_id is not None else self.tokenizer.sep_token_id
-        return [] if end is None else [end]
-
     def token_lists(self, rows: Sequence[Row]) -> Iterator[list[int]]:
         """Yield the tokens of the texts: running text whole, documents each followed by the end-of-text token."""
         for _, part in chunks(rows):
@@ -183,7 +177,7 @@ class Encoder:
             if self.running:
                 texts = ["\n\n".join(texts) + "\n\n"]
             for ids in self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
-                yield ids if self.running else [*ids, *self.end]
+                yield ids if self.running else [*ids, *end_of(self.tokenizer)]
 
     def tokenize(self, *texts: list[Any], **options: Any) -> Any:
         """Call the tokenizer, cutting what is too long."""
@@ -194,6 +188,12 @@ def chunks(rows: Sequence[Row]) -> Iterator[tuple[int, Sequence[Row]]]:
     """Yield the number of the first row and the rows of each chunk."""
     for start in track(range(0, len(rows), CHUNK), "tokenizing"):
         yield start, rows[start : start + CHUNK]
+
+
+def end_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token that ends a text; none where the tokenizer has no such token."""
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    return [] if end is None else [end]
 
 
 def frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

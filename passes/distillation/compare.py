@@ -35,6 +35,7 @@ from passes.distillation.losses.states import total
 from passes.distillation.monitor import hacked, label_loss
 from passes.distillation.taught import MARK, Taught
 from passes.distillation.teachers import Ensemble
+from passes.distillation.translation import Translation, numbered
 
 VALIDATION_ROWS = 512
 HEAD = Reads.PREDICTIONS | Reads.LABELS
@@ -47,14 +48,20 @@ class Comparison:
     Where no loss reads predictions, only the models below their heads are run; where all that do look at them row by
     row, a language model's logits never exist as a whole. `student` is the part to train, `beside` what losses learn
     along with it; `reference` is the folder or hub name of a further model that losses may ask. With `taught` the
-    teacher is not loaded: what it said comes with the batches.
+    teacher is not loaded: what it said comes with the batches. With a `translation` the teacher reads other tokens.
     """
 
     inputs: ClassVar[frozenset[str]] = frozenset({"input_ids", "attention_mask", "token_type_ids"})
 
     def __init__(
-        self, losses: Losses, state: State, reference: str | None = None, taught: Taught | None = None
+        self,
+        losses: Losses,
+        state: State,
+        reference: str | None = None,
+        taught: Taught | None = None,
+        translation: Translation | None = None,
     ) -> None:
+        self.translation = translation
         self.state, self.chosen, self.reads, self.taught = state, losses.chosen(), Reads(0), taught
         for name, loss in self.chosen.items():
             self.refuse_unfit(name, loss)
@@ -83,6 +90,11 @@ class Comparison:
         bare = self.state.task.name == "feature-extraction"
         if bare and loss.reads & HEAD:
             raise TrainingError(f"distill: loss '{name}' reads predictions, which feature-extraction has not")
+        if loss.across and not self.state.task.generates:
+            raise TrainingError(
+                f"distill: loss '{name}' compares what language models expect of a text; expected text-generation, "
+                f"not {self.state.task.name}"
+            )
         if (
             not self.taught
             and isinstance(self.state.dense.model, Ensemble)
@@ -171,15 +183,22 @@ class Comparison:
             raise DataError("distill: loss 'task' reads labels, which the data has not; expected a label column")
         # A model that is wrapped, to hand round its gradients, has to use its head itself.
         my_head, their_head = self.heads if student is self.student else (None, None)
+        translated = self.translation(batch) if self.translation else None
         with torch.no_grad():
-            theirs, their_heads = self.look_at_teacher(batch, their_head)
+            theirs, their_heads = self.look_at_teacher(translated.batch if translated else batch, their_head)
             if self.reference is not None:
                 known, _ = self.look(self.reference.to(device), batch, side=None)
                 theirs = replace(theirs, reference=known)
         mine, my_heads = self.look(student, batch, 0, my_head)
         places = self.places(len(mine.states), len(theirs.states)) if mine.states else ()
         mine = replace(mine, share=self.beside.share)
-        theirs = replace(theirs, states=[theirs.states[place] for place in places], counted=mine.counted)
+        theirs = replace(theirs, states=[theirs.states[place] for place in places])
+        if translated:
+            mine, theirs = translated.mine.on(mine), translated.theirs.on(theirs)
+        else:
+            theirs = replace(theirs, counted=mine.counted, tokens=mine.tokens)
+            if any(loss.across for loss in self.chosen.values()):
+                mine, theirs = (replace(one, chunks=numbered(one.counted)) for one in (mine, theirs))
         found = {}
         with torch.autocast(device.type, enabled=False):  # or products of matrices would be bfloat16
             for name, loss in self.chosen.items():
@@ -219,7 +238,8 @@ class Comparison:
         seen = Seen(mask, states, loss=loss)
         if self.reads & Reads.PREDICTIONS:
             counted = _rows(outputs, mask, labels, ahead=self.state.task.generates)
-            seen = replace(seen, predictions=_predictions(outputs, mask), counted=counted)
+            tokens = batch["input_ids"].roll(-1, 1)
+            seen = replace(seen, predictions=_predictions(outputs, mask), counted=counted, tokens=tokens)
         if head is not None:
             predictions = projected(outputs.logits, head)
             seen = replace(seen, predictions=predictions, loss=next_token(predictions, **asked) if asked else None)

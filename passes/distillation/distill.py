@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from compress.state import State
     from compress.training import Batch
+    from passes.distillation.translation import Translation
 
 
 class Lora(Options):
@@ -46,7 +47,8 @@ class Distill(TrainingOptions, Pass):
     `after: [small, assistant]`, the first model learns from the others. `teachers` names further ones, `dense` among
     them, that come before those. Several are one, of which predictions alone can be compared: the mean of theirs, or
     with `combine: shift` those of the student as it came, shifted as the first teacher is from the second, such as a
-    fine-tuned one from what it was before. `data` is what this stage learns from, if not the plan's.
+    fine-tuned one from what it was before. A language model's may have another tokenizer, if it is one alone and asked
+    by losses that work across them. `data` is what this stage learns from, if not the plan's.
 
     With `lora` every linear layer has a low-rank adapter, and they alone are trained, in little memory: LLM-Neo (Yang
     et al., arXiv:2411.06839). The zeros of a sparse model stay, which adapters would fill.
@@ -69,7 +71,8 @@ class Distill(TrainingOptions, Pass):
     lora: Lora | None = Field(default=None, description="train low-rank adapters alone, and merge them at the end")
     losses: Losses | None = Field(default=None, description="weight or options of each loss; left out, what fits")
     teachers: tuple[str, ...] = Field(
-        default=(), description="folders or hub names of models with this one's tokens, or dense; left out, dense"
+        default=(),
+        description="folders or hub names of models, with this one's tokens where losses need them; left out, dense",
     )
     combine: Literal["mean", "surest", "shift"] = Field(
         default="mean",
@@ -138,13 +141,15 @@ class Distill(TrainingOptions, Pass):
         data = state.data
         if self.data is not None:
             state.data = Data.open(self.data, data.tokenizer, state.task)
-        with taught_by(state, self.teachers, self.combine):
-            self.recover(state)
+        losses = self.losses.chosen().values() if self.losses else []
+        across = [loss.across for loss in losses if loss.reads & ~Reads.LABELS]
+        with taught_by(state, self.teachers, self.combine, bool(across) and all(across)) as translation:
+            self.recover(state, translation)
         state.data = data
         yield state
 
-    def recover(self, state: State) -> None:
-        """Train the state's model towards its teacher."""
+    def recover(self, state: State, translation: Translation | None) -> None:
+        """Train the state's model towards its teacher, which reads other tokens where there is a translation."""
         from compress.writing import ends_of
         from passes.distillation.compare import Comparison, same_hidden_width
         from passes.distillation.mixing import Mixing
@@ -163,7 +168,7 @@ class Distill(TrainingOptions, Pass):
         taught = Taught(stored, state.workshop.run, state.data) if self.cached else None
         if taught:
             state.dense.unload()
-        compare = Comparison(losses, state, self.reference, taught)
+        compare = Comparison(losses, state, self.reference, taught, translation)
         turns: list[Callable[[Batch], Batch]] = []
         mixing = Mixing(self.mixture, state.data, compare.gap, lambda: compare.beside.share) if self.mixture else None
         if mixing:

@@ -10,13 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from compress.contract import VOCABULARY
 from compress.errors import TrainingError
 from compress.families import layout_of
+from compress.runtimes.examples import longest_sequence
 from compress.state import State, Teacher
+from passes.distillation.losses import LOSSES
+from passes.distillation.translation import Translation
 
 DENSE = "dense"
 Rule = Callable[[Sequence[Tensor]], Tensor]
@@ -74,17 +77,22 @@ RULES: dict[str, Rule] = {"mean": mean, "surest": partial(mean, surest=True), "s
 
 
 @contextmanager
-def taught_by(state: State, sources: Sequence[str], combine: str = "mean") -> Iterator[None]:
+def taught_by(
+    state: State, sources: Sequence[str], combine: str = "mean", across: bool = False
+) -> Iterator[Translation | None]:
     """Inside, the model learns from those of `sources` (folders or hub names, `dense`) and of the state's `others`.
 
     With none of either it learns from the dense model, as ever. What one of `others` has for its dense model, which a
-    fine-tuned one is itself, is afterwards this model's as well, if it has the same layout. Raises TrainingError where
-    a teacher reads other tokens, or where there are not as many as are combined.
+    fine-tuned one is itself, is afterwards this model's as well, if it has the same layout. `across` tokenizers goes
+    what is compared; then a single teacher may read other tokens, and the translation into them is given. Raises
+    TrainingError where another reads them, or where there are not as many as are combined.
     """
     if not sources and not state.others:
-        yield
+        yield None
         return
-    teachers: list[Any] = [_from(state, source) for source in sources]
+    alone = across and state.task.generates and len(sources) == 1 and not state.others
+    teachers: list[Any] = [_from(state, source, any_tokens=alone) for source in sources]
+    translation = _translation(state, sources[0], teachers[0]) if alone else None
     kin = all(layout_of(one).stacks == layout_of(state.dense.model).stacks for one in teachers)
     for other in state.others:
         _same_tokens(state, other.tokenizer, "the model of the step that it follows")
@@ -103,18 +111,27 @@ def taught_by(state: State, sources: Sequence[str], combine: str = "mean") -> It
     state.facts = {name: value for name, value in state.facts.items() if name != VOCABULARY.name}
     state.kept = {}  # these were the dense model's units
     try:
-        yield
+        yield translation
     finally:
         state.dense, state.facts, state.kept = dense, facts, kept
 
 
-def _from(state: State, source: str) -> nn.Module:
+def _from(state: State, source: str, any_tokens: bool) -> PreTrainedModel:
     """The model of a source; the dense one has the tokens that are left."""
     if source == DENSE:
         return state.teacher
     model = state.task.load(source).eval().requires_grad_(False)
-    _same_tokens(state, AutoTokenizer.from_pretrained(source), source)
+    if not any_tokens:
+        _same_tokens(state, AutoTokenizer.from_pretrained(source), source)
     return model
+
+
+def _translation(state: State, source: str, teacher: PreTrainedModel) -> Translation | None:
+    """Into the tokens of a source; None where they are those of the state's data."""
+    if source == DENSE:
+        return None
+    mine, theirs = state.data.tokenizer, AutoTokenizer.from_pretrained(source)
+    return None if mine.get_vocab() == theirs.get_vocab() else Translation(mine, theirs, longest_sequence(teacher))
 
 
 def _same_tokens(state: State, tokenizer: Any, who: str) -> None:
@@ -122,7 +139,8 @@ def _same_tokens(state: State, tokenizer: Any, who: str) -> None:
     mine, theirs = (None if one is None else one.get_vocab() for one in (state.tokenizer, tokenizer))
     if mine != theirs:
         counts = [0 if one is None else len(one) for one in (mine, theirs)]
+        able = " and ".join(name for name, cls in LOSSES.items() if cls.across)
         raise TrainingError(
             f"distill: {who} reads other tokens, {counts[1]} of them and {counts[0]} here; expected a teacher with the "
-            "tokenizer of this model"
+            f"tokenizer of this model or, for text-generation, one teacher in teachers and no losses of it but {able}"
         )

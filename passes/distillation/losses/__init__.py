@@ -5,6 +5,7 @@ A new loss is one class and one line here; the laws in the tests then hold for i
 
 from __future__ import annotations
 
+from passes.distillation.losses.across import Alm, Uld
 from passes.distillation.losses.attention import Attention, Directions, Relations
 from passes.distillation.losses.base import Loss
 from passes.distillation.losses.embeddings import (
@@ -37,6 +38,7 @@ LOSSES: dict[str, type[Loss]] = {
     for cls in (
         *(Hidden, Tokens, Cosine, Graph),
         *(Logits, Reverse, Jsd, Skew, SkewReverse, Taid, Top, Sinkhorn, Pld),
+        *(Uld, Alm),
         *(Embedding, Leaf, Contrastive, Mutual, Similarity, Distances, Angles, Lead),
         *(Attention, Relations, Directions),
         *(Margins, Listwise, Task),

@@ -49,7 +49,9 @@ class Seen:
 
     `mask` (batch, sequence) is true at real tokens; `states` are (batch, sequence, hidden), one tensor a block that is
     compared; `predictions` are (..., classes), `counted` says which rows of them count, all where None; `heads` are
-    those of one attention; `loss` is the model's own on the labels. Beside a teacher may stand a `reference`, a student
+    those of one attention; `loss` is the model's own on the labels. Of a language model `tokens` (batch, sequence) are
+    those predicted, and `chunks` (batch, sequence) the number of the chunk of text, the same in both models, that each
+    is a part of, -1 where of none. Beside a teacher may stand a `reference`, a student
     that has learned already. `share` is that of the training run that is done.
 
     Predictions may also be `Projected`, and a teacher's `Draws`, for losses that say that they take them.
@@ -60,6 +62,8 @@ class Seen:
     predictions: Any = None  # without a type of its own, as what a loss reads is there
     counted: Tensor | None = None
     heads: Any = None
+    tokens: Any = None
+    chunks: Any = None
     loss: Any = None
     reference: Seen | None = None
     share: float = 1.0
@@ -91,12 +95,14 @@ class Loss(Options):
     """One way to tell a student from its teacher: its fields are its options in a plan, a bare number its weight.
 
     `vanishes` says that it is zero, with no gradient, where both models are the same; the others are least there.
-    `drawn` says that of the teacher's predictions it takes `Draws`, from which it is estimated without bias.
+    `drawn` says that of the teacher's predictions it takes `Draws`, from which it is estimated without bias,
+    `across` that it compares language models and takes a teacher whose tokens are others.
     """
 
     reads: ClassVar[Reads]
     vanishes: ClassVar[bool] = True
     drawn: ClassVar[bool] = False
+    across: ClassVar[bool] = False
 
     weight: float = Field(default=1.0, ge=0, description="what it counts in the sum; 0 leaves it out")
 
