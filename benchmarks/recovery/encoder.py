@@ -62,11 +62,14 @@ def plan(given: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def validated(branch: dict[str, Any], folder: Path) -> float:
+def folder_of(branch: dict[str, Any]) -> str:
+    """Where the branch's model lies."""
+    return next(item["path"] for item in branch["artifacts"] if item["kind"] == "huggingface")
+
+
+def validated(branch: dict[str, Any], texts: Data) -> float:
     """Accuracy of a branch on the split that choices are made by."""
-    path = next(item["path"] for item in branch["artifacts"] if item["kind"] == "huggingface")
-    model, tokenizer = load(path, TASK)
-    texts = Data.open(DataOptions.model_validate(data(folder)), tokenizer, TASK)
+    model, _ = load(folder_of(branch), TASK)
     return evaluate(model, texts, TASK, split="validation")["accuracy"].value
 
 
@@ -86,6 +89,8 @@ def main() -> None:
     for branch in report["branches"]:
         way, _, speed = branch["name"].partition("/")
         found.setdefault((speed, way.rpartition("-")[0]), []).append(branch)
+    _, tokenizer = load(folder_of(report["branches"][0]), TASK)
+    texts = Data.open(DataOptions.model_validate(data(given.data)), tokenizer, TASK)
     rows = []
     for (speed, way), branches in sorted(found.items()):
         reached = [branch["quality"]["accuracy"] for branch in branches]
@@ -96,7 +101,7 @@ def main() -> None:
                 "accuracy_before": branches[0]["quality_before_recovery"]["accuracy"],
                 "accuracy": mean(reached),
                 "spread": stdev(reached) if len(reached) > 1 else 0.0,
-                "validation_accuracy": mean(validated(branch, given.data) for branch in branches),
+                "validation_accuracy": mean(validated(branch, texts) for branch in branches),
                 "seeds": len(reached),
                 "seconds": mean(branch["steps"][-1]["seconds"] for branch in branches),
             }
