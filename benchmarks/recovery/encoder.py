@@ -87,7 +87,7 @@ def main() -> None:
     report = compress(plan=plan(given), out=given.out).report
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for branch in report["branches"]:
-        way, _, speed = branch["name"].partition("/")
+        speed, _, way = branch["name"].partition("/")
         found.setdefault((speed, way.rpartition("-")[0]), []).append(branch)
     _, tokenizer = load(folder_of(report["branches"][0]), TASK)
     texts = Data.open(DataOptions.model_validate(data(given.data)), tokenizer, TASK)
