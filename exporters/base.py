@@ -86,6 +86,28 @@ class Exporter(Options):
         return Artifact.of(self.kind, folder, worst, self.precision, figures)
 
 
+class Quantizing(Exporter):
+    """One that can write weights in other number formats: those that its `quantize` lists, besides ``none``."""
+
+    quantize: str = "none"
+    tolerance: float | None = Field(default=None, gt=0, description="null: 1e-3, and any where quantized")
+
+    @property
+    def folder(self) -> str:
+        """Where in a run's output it lies."""
+        return self.kind if self.quantize == "none" else f"{self.kind}-{self.quantize}"
+
+    @property
+    def precision(self) -> str:
+        """The number format of its weights."""
+        return FLOAT if self.quantize == "none" else self.quantize
+
+    @property
+    def allowed(self) -> float:
+        """The largest relative error taken."""
+        return self.tolerance or (1e-3 if self.quantize == "none" else float("inf"))
+
+
 def outputs_of(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors among a model's outputs by name, in evaluation mode, without a cache, on the CPU."""
     import torch

@@ -147,7 +147,7 @@ def _compare(model: Any, folder: Path) -> None:
     import torch
     from transformers.utils.quantization_config import CompressedTensorsConfig
 
-    from compress.runtimes.onnx import quiet
+    from compress.runtimes.tracing import quiet
 
     with quiet():  # about options that only say how to load
         loaded = type(model).from_pretrained(folder, quantization_config=CompressedTensorsConfig(dequantize=True))

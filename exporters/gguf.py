@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from compress.contract import FLOAT
 from compress.errors import ExportError
-from exporters.base import Exporter
+from exporters.base import Quantizing
 from exporters.compared import worst_error
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ TURNED = ("LLAMA", "DECI")  # those whose rotary positions turn neighbours, not 
 NORMS = {"heads": "input_layernorm", "columns": "post_attention_layernorm"}
 
 
-class Gguf(Exporter):
+class Gguf(Quantizing):
     """model.gguf, config and tokenizer.
 
     f16, q8_0 and q4_0 are GGUF's own formats, to which matrices are rounded, in runs of 32 inputs; one whose inputs 32
@@ -43,17 +42,6 @@ class Gguf(Exporter):
     kind: ClassVar[str] = "gguf"
     quantize: Literal["none", "f16", "q8_0", "q4_0"] = "none"
     pre: str = Field(default="default", description="llama.cpp's name for how text is split before BPE, e.g. smollm")
-    tolerance: float | None = Field(default=None, gt=0, description="null: 1e-3, and any where quantized")
-
-    @property
-    def folder(self) -> str:
-        """Where in a run's output it lies."""
-        return self.kind if self.quantize == "none" else f"{self.kind}-{self.quantize}"
-
-    @property
-    def precision(self) -> str:
-        """The number format of its weights."""
-        return FLOAT if self.quantize == "none" else self.quantize
 
     def write(self, state: State, folder: Path, card: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
         """Write the file, read it back, and compare outputs on random inputs of several shapes."""
@@ -69,8 +57,7 @@ class Gguf(Exporter):
         architecture = ARCHITECTURES[state.model.config.model_type] if alike else LISTS
         narrow = self._write(state.model, state.tokenizer, folder / FILE, architecture, sizes)
         loaded, figures = _read(state.model, state.tokenizer, folder, architecture, sizes)
-        tolerance = self.tolerance or (1e-3 if self.quantize == "none" else float("inf"))
-        worst = worst_error(self.kind, state, TorchSession(loaded, Target()), tolerance)
+        worst = worst_error(self.kind, state, TorchSession(loaded, Target()), self.allowed)
         state.model.config.save_pretrained(folder)  # not before, that nothing but the file is read
         state.tokenizer.save_pretrained(folder)
         return worst, {"architecture": architecture.lower(), "kept_in_f16": narrow, **figures}
@@ -199,7 +186,7 @@ def _read(
         return _by_package(model, folder / FILE, sizes), {"read_by": "gguf"}
     from transformers import AutoTokenizer
 
-    from compress.runtimes.onnx import quiet
+    from compress.runtimes.tracing import quiet
     from exporters.vocabulary import differing
 
     try:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from compress.contract import FLOAT, GRID, Fact
+from compress.contract import GRID, Fact
 from compress.data.calibration import calibration
 from compress.errors import ExportError
-from exporters.base import Exporter
+from exporters.base import Quantizing
 from exporters.compared import error_of, worst_error
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ PROMPTS = ((1, 6), (3, 4))
 TOKENS = 8  # generated from each prompt
 
 
-class Onnx(Exporter):
+class Onnx(Quantizing):
     """model.onnx with its weights beside it, config and tokenizer.
 
     `cache` lets a decoder take and give its key-value cache, so that a step runs one token; auto does so where the task
@@ -43,7 +43,6 @@ class Onnx(Exporter):
     form: Literal["qdq", "qoperator"] = Field(default="qdq", description="int8_static: how the graph is written")
     samples: int = Field(default=128, ge=1, description="int8_static: calibration texts")
     cache: Literal["auto"] | bool = "auto"
-    tolerance: float | None = Field(default=None, gt=0, description="null: 1e-3, and any where quantized")
 
     @model_validator(mode="after")
     def _calibrated(self) -> Onnx:
@@ -52,24 +51,9 @@ class Onnx(Exporter):
         return self
 
     @property
-    def folder(self) -> str:
-        """Where in a run's output it lies."""
-        return self.kind if self.quantize == "none" else f"{self.kind}-{self.quantize}"
-
-    @property
-    def precision(self) -> str:
-        """The number format of its weights."""
-        return FLOAT if self.quantize == "none" else self.quantize
-
-    @property
     def requires(self) -> frozenset[Fact]:
         """What it must be told of a model besides the model."""
         return frozenset({GRID}) if self.quantize == "weight_only" else frozenset()
-
-    @property
-    def allowed(self) -> float:
-        """The largest relative error taken."""
-        return self.tolerance or (1e-3 if self.quantize == "none" else float("inf"))
 
     def write(self, state: State, folder: Path, card: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
         """Export, open in ONNX Runtime, and compare outputs on random inputs of other shapes, padding among them."""

@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from compress.contract import FLOAT
 from compress.errors import ExportError
-from exporters.base import Exporter
+from exporters.base import Quantizing
 from exporters.compared import worst_error
 
 if TYPE_CHECKING:
     from compress.state import State
 
 
-class OpenVino(Exporter):
+class OpenVino(Quantizing):
     """openvino_model.xml with its weights beside it, config and tokenizer; decoders without a key-value cache.
 
     int8 and int4 are of weights alone, as nncf rounds them: by row, or in `group` inputs that share a scale. What can't
@@ -28,17 +27,6 @@ class OpenVino(Exporter):
     kind: ClassVar[str] = "openvino"
     quantize: Literal["none", "int8", "int4"] = "none"
     group: int | None = Field(default=None, ge=1, description="int4: inputs that share a scale; null: a row has one")
-    tolerance: float | None = Field(default=None, gt=0, description="null: 1e-3, and any where quantized")
-
-    @property
-    def folder(self) -> str:
-        """Where in a run's output it lies."""
-        return self.kind if self.quantize == "none" else f"{self.kind}-{self.quantize}"
-
-    @property
-    def precision(self) -> str:
-        """The number format of its weights."""
-        return FLOAT if self.quantize == "none" else self.quantize
 
     def write(self, state: State, folder: Path, card: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
         """Export, round weights where asked, open in OpenVINO, and compare outputs on random inputs of other shapes."""
@@ -52,8 +40,7 @@ class OpenVino(Exporter):
             _round(folder, self.quantize, self.group)
         if state.tokenizer is not None:
             state.tokenizer.save_pretrained(folder)
-        tolerance = self.tolerance or (1e-3 if self.quantize == "none" else float("inf"))
-        return worst_error(self.kind, state, runtime.open(folder, Target()), tolerance), {}
+        return worst_error(self.kind, state, runtime.open(folder, Target()), self.allowed), {}
 
 
 def _round(folder: Path, kind: str, group: int | None) -> None:
@@ -66,8 +53,8 @@ def _round(folder: Path, kind: str, group: int | None) -> None:
         ) from error
     import openvino
 
-    from compress.runtimes.onnx import quiet
     from compress.runtimes.openvino import FILE
+    from compress.runtimes.tracing import quiet
 
     modes = nncf.CompressWeightsMode
     asked = {"mode": modes.INT8_ASYM} if kind == "int8" else {"mode": modes.INT4_SYM, "group_size": group or -1}

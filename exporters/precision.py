@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from compress.errors import ExportError
-from compress.runtimes.onnx import FILE, quiet
+from compress.runtimes.onnx import FILE
+from compress.runtimes.tracing import quiet
 from compress.target import machine
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from compress.errors import LayoutError
 from compress.layout import Layout
 from compress.statistics import frozen
-from passes.pruning.depth.watch import answer, entering, states
+from passes.watch import answer, entering, states
 
 NAME = "hidden_states"
 

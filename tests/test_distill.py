@@ -23,6 +23,7 @@ from passes.distillation.distill import Distill
 from passes.distillation.finetune import Finetune
 from passes.distillation.losses import LOSSES
 from passes.distillation.monitor import hacked, label_loss
+from passes.distillation.pairs import places
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 WORDS = tuple(f"word{number}" for number in range(40))
@@ -310,7 +311,7 @@ def test_dropped_blocks_are_compared_with_the_ones_they_were(tmp_path, task, kee
     (stack,) = state.layout.stacks
     state.layout = state.layout.drop(state.model, stack, keep)
     compare = Comparison(Losses(hidden=1.0), state)
-    assert compare.places(len(keep), 3) == [*keep[:-1], 2]
+    assert places(state, len(keep), 3) == [*keep[:-1], 2]
     batch = next(iter(state.data.batches("train", 8)))
     state.model.eval()
     shared = sum(place == index for index, place in enumerate(keep))  # blocks that still see what they saw
@@ -318,7 +319,7 @@ def test_dropped_blocks_are_compared_with_the_ones_they_were(tmp_path, task, kee
         inputs = {name: batch[name] for name in batch.keys() & Comparison.inputs}
         mine = compare.student(**inputs, output_hidden_states=True).hidden_states[1:]
         theirs = compare.teacher(**inputs, output_hidden_states=True).hidden_states[1:]
-    for index, place in enumerate(compare.places(len(keep), 3)[:-1][:shared]):
+    for index, place in enumerate(places(state, len(keep), 3)[:-1][:shared]):
         torch.testing.assert_close(mine[index], theirs[place])
 
 
@@ -328,7 +329,7 @@ def test_a_student_of_a_teacher_that_lost_blocks_itself_finds_its_blocks(tmp_pat
     state.layout = state.layout.drop(state.model, stack, [0, 2, 3, 4])
     state.becomes_dense()
     state.layout = state.layout.drop(state.model, stack, [0, 2, 3])  # blocks 0, 3 and 4 of the first model
-    assert Comparison(Losses(hidden=1.0), state).places(3, 4) == [0, 2, 3]
+    assert places(state, 3, 4) == [0, 2, 3]
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -20,7 +20,7 @@ from compress.tasks import TASKS
 from passes.pruning.depth.drop_blocks import DropBlocks
 from passes.pruning.depth.removal import by_angle, by_influence, by_loss, candidates, likelihood_loss, removed, without
 from passes.pruning.depth.scores import angular_distances, greedily, influence, nearest_range
-from passes.pruning.depth.watch import first_of, last_of
+from passes.watch import first_of, last_of
 from tests.conftest import GENERATING, TINY, assert_one_model, precise
 from tests.paper import Paper, state_of
 

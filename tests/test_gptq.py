@@ -22,10 +22,10 @@ from exporters import EXPORTERS
 from exporters.onnx import Onnx
 from passes import PASSES
 from passes.blocks import entered
-from passes.pruning.widths.obs import damped
+from passes.gram import damped, inverse_factor, output_error
 from passes.quantization.gptq import Gptq
 from passes.quantization.grid import Grid
-from passes.quantization.solve import gptq, inverse_factor, output_error
+from passes.quantization.solve import gptq
 from tests.conftest import TINY, answer, assert_one_model
 from tests.paper import state_of
 from tests.world import make_world

@@ -16,8 +16,9 @@ import torch
 from compress.errors import ExportError, TargetError
 from compress.families import layout_of
 from compress.runtimes import RUNTIMES, example_inputs, open_artifact, runtime_of
-from compress.runtimes.onnx import DYNAMIC, OnnxRuntime, widened
+from compress.runtimes.onnx import OnnxRuntime
 from compress.runtimes.torch import uncached
+from compress.runtimes.tracing import DYNAMIC, widened
 from compress.target import Target
 from tests.conftest import TINY
 

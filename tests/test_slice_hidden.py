@@ -17,7 +17,7 @@ from compress.layout import record_of
 from compress.runtimes import RUNTIMES, open_artifact
 from compress.stream import width_of
 from compress.target import Target
-from passes.distillation.compare import same_hidden_width
+from passes.distillation.pairs import same_hidden_width
 from passes.pruning.depth.fold import Fold
 from passes.pruning.rotate.basis import basis, centre, even, kept_energy, of_length_one, summing_to_zero
 from passes.pruning.rotate.slice_hidden import SliceHidden

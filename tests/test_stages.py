@@ -18,6 +18,7 @@ from passes import PASSES
 from passes.distillation.choice import Losses
 from passes.distillation.compare import Comparison
 from passes.distillation.distill import Distill
+from passes.distillation.pairs import places
 from passes.distillation.teachers import Ensemble, mean, shift, taught_by
 from tests.test_distill import distill, make_state, prune
 from tests.world import make_world
@@ -155,18 +156,15 @@ def test_a_teacher_with_other_tokens_is_refused(tmp_path):
 
 def test_blocks_of_a_stranger_are_spread_evenly(tmp_path):
     state = make_state(tmp_path, "text-classification", num_hidden_layers=4)
-    compare = Comparison(Losses(hidden=1.0), state)
-    assert compare.places(4, 4) == [0, 1, 2, 3]
+    assert places(state, 4, 4) == [0, 1, 2, 3]
     state.drop("bert.encoder.layer", [0, 2])
-    compare = Comparison(Losses(hidden=1.0), state)
-    assert compare.places(2, 4) == [0, 3]  # the last are compared whatever they were
+    assert places(state, 2, 4) == [0, 3]  # the last are compared whatever they were
     (tmp_path / "deep").mkdir()
     deep = make_state(tmp_path / "deep", "text-classification", num_hidden_layers=8)
     deep.model.save_pretrained(tmp_path / "teacher")
     deep.tokenizer.save_pretrained(tmp_path / "teacher")
     with taught_by(state, (str(tmp_path / "teacher"),)):
-        compare = Comparison(Losses(hidden=1.0), state)
-        assert [compare.places(2, 8), compare.places(4, 8), compare.places(6, 3)] == [
+        assert [places(state, 2, 8), places(state, 4, 8), places(state, 6, 3)] == [
             [3, 7], [1, 3, 5, 7], [0, 0, 1, 1, 2, 2],
         ]  # fmt: skip
     assert distill(state, steps=1, teachers=(str(tmp_path / "teacher"),), losses={"hidden": 1.0}).figures["loss_before"]

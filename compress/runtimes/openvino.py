@@ -15,7 +15,7 @@ import numpy as np
 
 from compress.errors import ExportError, TargetError
 from compress.runtimes.base import Runtime, Session
-from compress.runtimes.onnx import FAILURES, dynamic_shapes, quiet, uncached_config, widened
+from compress.runtimes.tracing import FAILURES, dynamic_shapes, quiet, uncached_config, widened
 from compress.target import Target
 
 if TYPE_CHECKING:

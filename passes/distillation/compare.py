@@ -19,26 +19,23 @@ from compress.contract import MASKS
 from compress.data.batches import IGNORED
 from compress.errors import DataError, TrainingError
 from compress.families import layout_of
-from compress.layout import Layout, prefix_of, record_of
+from compress.layout import prefix_of
 from compress.masks import Masks, inside
 from compress.recipe import TrainingOptions
 from compress.state import State
-from compress.stream import width_of
 from compress.training import Batch, Beside, train
-from compress.uniform import HIDDEN
 from passes.distillation.choice import Losses
 from passes.distillation.chunked import headless, linear_head, next_token, projected
 from passes.distillation.heads import Tap, tap
-from passes.distillation.losses import LOSSES, Loss
-from passes.distillation.losses.base import Reads, Seen, Widths
+from passes.distillation.losses.base import Reads, Seen
 from passes.distillation.losses.states import total
 from passes.distillation.monitor import hacked, label_loss
+from passes.distillation.pairs import headed, places, widths_of
 from passes.distillation.taught import MARK, Taught
-from passes.distillation.teachers import Ensemble
 from passes.distillation.translation import Translation, numbered
+from passes.distillation.unfit import HEAD, refuse_unfit, refuse_untaught
 
 VALIDATION_ROWS = 512
-HEAD = Reads.PREDICTIONS | Reads.LABELS
 FAR_BELOW = -1e4  # a logit whose probability is zero in float32
 
 
@@ -64,7 +61,9 @@ class Comparison:
         self.translation = translation
         self.state, self.chosen, self.reads, self.taught = state, losses.chosen(), Reads(0), taught
         for name, loss in self.chosen.items():
-            self.refuse_unfit(name, loss)
+            refuse_unfit(state, name, loss, loaded=taught is None)
+            if taught:
+                refuse_untaught(state, name, loss, taught.fact)
             self.reads |= loss.reads
         teacher: Any = None if taught else state.teacher
         below = not self.reads & HEAD
@@ -79,60 +78,9 @@ class Comparison:
             for name, loss in self.chosen.items()
             if loss.reads & Reads.ATTENTION
         }
-        if taught:
-            self.refuse_untaught(taught)
         self.heads = self.linear_heads()
-        learned = {name: loss.learned(self.widths()) for name, loss in self.chosen.items()}
+        learned = {name: loss.learned(widths_of(state)) for name, loss in self.chosen.items()}
         self.beside = Beside({name: part for name, part in learned.items() if part is not None})
-
-    def refuse_unfit(self, name: str, loss: Loss) -> None:
-        """Raise TrainingError where the task has no predictions, or the states are of other widths."""
-        bare = self.state.task.name == "feature-extraction"
-        if bare and loss.reads & HEAD:
-            raise TrainingError(f"distill: loss '{name}' reads predictions, which feature-extraction has not")
-        if loss.across and not self.state.task.generates:
-            raise TrainingError(
-                f"distill: loss '{name}' compares what language models expect of a text; expected text-generation, "
-                f"not {self.state.task.name}"
-            )
-        if (
-            not self.taught
-            and isinstance(self.state.dense.model, Ensemble)
-            and loss.reads & (Reads.STATES | Reads.ATTENTION)
-        ):
-            raise TrainingError(
-                f"distill: loss '{name}' looks into one teacher, and there are several; expected losses of predictions"
-            )
-        if loss.same_width and not same_hidden_width(self.state):
-            mine, theirs = width_of(self.state.model.config), width_of(self.state.dense.config)
-            raise TrainingError(
-                f"distill: loss '{name}' compares hidden states, of width {mine} here and {theirs} in the dense "
-                f"model; expected a loss that needs no equal widths: {'similarity' if bare else 'logits'}, or "
-                f"{name}: {{project: true}}"
-            )
-
-    def refuse_untaught(self, taught: Taught) -> None:
-        """Raise TrainingError where a loss asks the teacher for more than is stored."""
-        for name, loss in self.chosen.items():
-            told, fact = f"distill: loss '{name}'", taught.fact
-            if loss.reads & Reads.STATES:
-                places = self.places(list(self.state.layout.stacks.values())[-1].length, fact["blocks"])
-                asked = places[-(loss.depth or 0) :]
-                if not set(asked) <= set(fact["states"]):
-                    raise TrainingError(f"{told} compares states after blocks {asked}; stored are {fact['states']}")
-            if not (loss.reads & Reads.PREDICTIONS and fact["drawn"]):
-                continue
-            if not (loss.drawn and loss.by_rows):
-                able = ", ".join(one for one, cls in LOSSES.items() if cls.drawn)
-                raise TrainingError(
-                    f"{told} needs all of a prediction, and stored are tokens drawn from it; expected one of {able}, "
-                    "each with keep at 1, or no cached"
-                )
-            if (softness := getattr(loss, "temperature", 1.0)) != fact["temperature"]:
-                raise TrainingError(
-                    f"{told} has the temperature {softness:g}, and what is stored was drawn at "
-                    f"{fact['temperature']:g}; expected the same"
-                )
 
     def linear_heads(self) -> tuple[nn.Linear | None, nn.Linear | None]:
         """The heads of student and teacher, where logits need not exist as a whole; else none."""
@@ -143,19 +91,11 @@ class Comparison:
         theirs = linear_head(self.teacher) if self.teacher is not None else None
         return (mine, theirs) if mine and (theirs or self.taught) else (None, None)
 
-    def widths(self) -> Widths:
-        """What learned parts have to fit."""
-        mine, theirs = (width_of(config) for config in (self.state.model.config, self.state.dense.config))
-        blocks = list(self.state.layout.stacks.values())[-1].length
-        kept = self.state.kept.get(HIDDEN)
-        known = kept and len(kept) == mine and max(kept) < theirs  # else they are counted as in a model before that
-        return Widths(mine, theirs, blocks, kept if known else None)
-
     def attentions(self, name: str, loss: Any, teacher: Any) -> list[tuple[Tap, Tap]]:
         """Where a loss of attention finds those of the student and those of the teacher, in pairs."""
         (model, layout), dense = (self.state.model, self.state.layout), layout_of(teacher)
         if loss.each_block:
-            pairs = self.blocks(teacher, dense)
+            pairs = headed(self.state, teacher, dense)
             found = [(tap(model, layout, mine), tap(teacher, dense, theirs)) for mine, theirs in pairs]
         else:
             found = [(tap(model, layout), tap(teacher, dense, loss.block))]
@@ -166,15 +106,6 @@ class Comparison:
                     "expected as many, or the loss relations"
                 )
         return found
-
-    def blocks(self, teacher: Any, dense: Layout) -> list[tuple[int, int]]:
-        """The numbers of the student's blocks of the last stack that have heads left, each with the one it was."""
-        name, stack = list(self.state.layout.stacks.items())[-1]
-        left = _origins(self.state.model.config, stack.length)
-        right = list(_origins(teacher.config, dense.stacks[name].length))
-        axes = {axis.block for axis in self.state.layout.axes.values() if axis.kind == "heads" and axis.units}
-        places = [place for place in range(stack.length) if f"{stack.module}.{place}" in axes]
-        return [(place, right.index(left[place])) for place in places]
 
     def losses(self, student: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The weighted losses of one batch by name; gradients go to the student and what is beside it only."""
@@ -190,24 +121,24 @@ class Comparison:
                 known, _ = self.look(self.reference.to(device), batch, side=None)
                 theirs = replace(theirs, reference=known)
         mine, my_heads = self.look(student, batch, 0, my_head)
-        places = self.places(len(mine.states), len(theirs.states)) if mine.states else ()
+        found = places(self.state, len(mine.states), len(theirs.states)) if mine.states else ()
         mine = replace(mine, share=self.beside.share)
-        theirs = replace(theirs, states=[theirs.states[place] for place in places])
+        theirs = replace(theirs, states=[theirs.states[place] for place in found])
         if translated:
             mine, theirs = translated.mine.on(mine), translated.theirs.on(theirs)
         else:
             theirs = replace(theirs, counted=mine.counted, tokens=mine.tokens)
             if any(loss.across for loss in self.chosen.values()):
                 mine, theirs = (replace(one, chunks=numbered(one.counted)) for one in (mine, theirs))
-        found = {}
+        losses = {}
         with torch.autocast(device.type, enabled=False):  # or products of matrices would be bfloat16
             for name, loss in self.chosen.items():
                 pairs, own = [(mine, theirs)], dict(self.beside.items()).get(name)
                 if name in self.taps:
                     heads = zip(my_heads[name], their_heads[name], strict=True)
                     pairs = [(replace(mine, heads=one), replace(theirs, heads=other)) for one, other in heads]
-                found[name] = loss.weight * total(loss.of(*pair, own) for pair in pairs)
-        return found
+                losses[name] = loss.weight * total(loss.of(*pair, own) for pair in pairs)
+        return losses
 
     def look_at_teacher(self, batch: Mapping[str, Tensor], head: nn.Linear | None) -> tuple[Seen, dict[str, Any]]:
         """What the teacher shows on a batch, or showed once; nothing where no loss asks it."""
@@ -321,31 +252,10 @@ class Comparison:
             raise DataError("distill: the validation split is empty; expected at least one row")
         return total / rows
 
-    def places(self, mine: int, theirs: int) -> list[int]:
-        """For each of the student's blocks the place of the block it was among the teacher's states after blocks.
-
-        The last states are compared with the last whichever blocks they come from: both stand after the final norm.
-        """
-        left = _origins(self.student.config, mine)
-        right = list(_origins(self.state.dense.config, theirs))
-        if not self.state.dense.kin or not set(left[:-1]) <= set(right):  # spread evenly
-            return [-(-(place + 1) * theirs // mine) - 1 for place in range(mine)]
-        return [right.index(origin) for origin in left[:-1]] + [theirs - 1]
-
-
-def same_hidden_width(state: State) -> bool:
-    """Whether the states of model and teacher can be compared channel by channel."""
-    return width_of(state.model.config) == width_of(state.dense.config)
-
 
 def labels_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What of a batch a model is not shown but told by."""
     return {name: one for name, one in batch.items() if name not in Comparison.inputs and not name.startswith(MARK)}
-
-
-def _origins(config: Any, blocks: int) -> Sequence[int]:
-    """Which blocks of the original model are left; all where none was dropped."""
-    return next(iter(record_of(config)["blocks"].values()), range(blocks))
 
 
 def _predictions(outputs: Any, mask: Tensor) -> Tensor:

@@ -151,8 +151,9 @@ class Distill(TrainingOptions, Pass):
     def recover(self, state: State, translation: Translation | None) -> None:
         """Train the state's model towards its teacher, which reads other tokens where there is a translation."""
         from compress.writing import ends_of
-        from passes.distillation.compare import Comparison, same_hidden_width
+        from passes.distillation.compare import Comparison
         from passes.distillation.mixing import Mixing
+        from passes.distillation.pairs import same_hidden_width
         from passes.distillation.taught import Taught
 
         if self.on_policy and not state.task.generates:

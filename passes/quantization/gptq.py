@@ -46,7 +46,7 @@ class Gptq(Pass):
         from compress.progress import track
         from compress.statistics import moments
         from passes.blocks import entered, matrices_of, put_everywhere
-        from passes.quantization.solve import output_error
+        from passes.gram import output_error
 
         batches = list(calibration(state.data, self.samples, self.batch_size))
         grid: dict[str, Any] = {"bits": self.bits, "layers": [], "groups": {}}

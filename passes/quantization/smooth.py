@@ -85,25 +85,15 @@ def readers_of(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> tuple[dic
 
     The model is run once, on two rows of the batch.
     """
-    import torch
-    from torch.utils import _pytree as pytree
-
-    from compress.statistics import frozen
-    from passes.pruning.depth.watch import answer
-    from passes.pruning.rotate.stream import Uses
+    from passes.uses import uses_of
 
     shared: dict[int, int] = {}
     for _, parameter in model.named_parameters(remove_duplicate=False):
         shared[id(parameter)] = shared.get(id(parameter), 0) + 1
     norms = [name for name, module in model.named_modules() if "norm" in type(module).__name__.lower()]
-    uses = Uses(model)
-    with ExitStack() as hooks, frozen(model):
-        for norm in norms:
-            hooks.callback(model.get_submodule(norm).register_forward_hook(uses.giving(norm)).remove)
-        with uses:
-            outputs = answer(model, {name: value[:2] for name, value in batch.items()})
-    for leaf in pytree.tree_leaves(outputs.to_tuple()):
-        if isinstance(leaf, torch.Tensor) and (given := uses.norm_of(leaf)):
+    uses, outputs = uses_of(model, norms, batch)
+    for output in outputs:
+        if given := uses.norm_of(output):
             uses.others.setdefault(given, "the model's outputs")
     found: dict[str, list[str]] = {}
     skipped: dict[str, str] = {}
@@ -128,7 +118,7 @@ def ranges_of(
     import torch
 
     from compress.statistics import frozen, real_rows
-    from passes.pruning.depth.watch import answer
+    from passes.watch import answer
 
     found: dict[str, Tensor] = {}
     mask: Tensor | None = None

@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from passes.pruning.widths.obs import damped
+from passes.gram import damped, inverse_factor
 from passes.quantization.grid import Grid
 
 BLOCK = 128  # columns whose errors the later ones take as one product
@@ -69,14 +69,3 @@ def gptq(
         left[:, stop:].addmm_(errors, factor[start:stop, stop:], alpha=-1)
         loss += float(errors.square().sum())
     return result, grid, loss
-
-
-def inverse_factor(gram: Tensor) -> Tensor:
-    """The upper triangular ``U`` with ``U^T U = inv(gram)``, (in, in)."""
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(gram)), upper=True)
-
-
-def output_error(change: Tensor, gram: Tensor) -> float:
-    """Mean squared error of the outputs, summed over them, of a `change` (out, in) of the matrix: ``tr(D H D^T)``."""
-    change = change.double()
-    return float(((change @ gram.double()) * change).sum())

@@ -20,8 +20,8 @@ from compress.progress import track
 from compress.state import State
 from compress.statistics import frozen
 from passes.pruning.depth.scores import angular_distances, greedily, influence, nearest_range
-from passes.pruning.depth.watch import Call, answer, blocks_of, first_of, last_of, real_tokens, stepped_over, watched
 from passes.pruning.widths.sensitivity import HIDDEN, change, restored
+from passes.watch import Call, answer, blocks_of, first_of, last_of, real_tokens, stepped_over, watched
 
 Batches = Sequence[dict[str, Tensor]]
 Choice = tuple[list[str], list[float]]  # the parts to remove and their scores

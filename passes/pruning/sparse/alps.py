@@ -13,9 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from passes.gram import damped
 from passes.pruning.sparse.oneshot import Sparse
 from passes.pruning.sparse.pattern import Pattern
-from passes.pruning.widths.obs import damped
 
 START, HIGHEST = 0.1, 1e6  # the penalty
 STEPS, LEAST, EVERY = 300, 30, 3  # of ADMM: at most, at least, and from one look at the zeros to the next

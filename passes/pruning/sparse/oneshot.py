@@ -19,9 +19,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from passes.gram import damped, inverse_factor
 from passes.pruning.sparse.pattern import Pattern
-from passes.pruning.widths.obs import damped
-from passes.quantization.solve import inverse_factor
 
 BLOCK = 128  # columns that are chosen among, and whose errors the later ones take as one product
 

@@ -18,11 +18,11 @@ from compress.progress import track
 from compress.state import State
 from compress.statistics import moments
 from passes.blocks import entered
+from passes.gram import output_error
 from passes.pruning.sparse.gradients import by_outputs
 from passes.pruning.sparse.oneshot import wanda
 from passes.pruning.sparse.pattern import Pattern
 from passes.pruning.sparse.sparsity import matrices, stored
-from passes.quantization.solve import output_error
 
 LEVELS = tuple(number / 20 for number in range(20))  # shares of zeros that a matrix may get
 

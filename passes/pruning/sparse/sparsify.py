@@ -46,10 +46,10 @@ class Sparsify(Sparsifying):
         from compress.progress import track
         from compress.statistics import moments
         from passes.blocks import entered, matrices_of, put_everywhere
+        from passes.gram import output_error
         from passes.pruning.sparse.alps import alps
         from passes.pruning.sparse.oneshot import magnitude, sparsegpt, wanda
         from passes.pruning.sparse.rates import allocated
-        from passes.quantization.solve import output_error
 
         solve = dict(zip(METHODS, (magnitude, wanda, sparsegpt, alps), strict=True))[self.method]
         batches = list(calibration(state.data, self.samples, self.batch_size))

@@ -79,7 +79,7 @@ class Sparsifying(Pass):
 def matrices(state: State, pattern: Pattern) -> tuple[dict[str, Any], dict[str, str]]:
     """The linear layers of all blocks that can have a pattern, each matrix once, and why others are left alone."""
     from passes.blocks import matrices_of
-    from passes.pruning.depth.watch import blocks_of
+    from passes.watch import blocks_of
 
     found: dict[str, Any] = {}
     skipped: dict[str, str] = {}

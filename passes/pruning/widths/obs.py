@@ -23,6 +23,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from passes.gram import damped
+
 BATCH = 64  # removed inputs that may wait before W and P take them in
 
 
@@ -75,16 +77,6 @@ def least_squares(
     columns[kept, torch.arange(len(kept), device=kept.device)] = damped[kept]
     factor = torch.linalg.cholesky(columns[kept])
     return torch.cholesky_solve((weight.double() @ columns).T, factor).T.to(weight.dtype)
-
-
-def damped(gram: Tensor, damping: float) -> Tensor:
-    """The Gram matrix in float64, its diagonal raised by `damping` of its mean; inputs never seen get a one."""
-    raised = gram.to(torch.float64, copy=True)
-    diagonal = raised.diagonal()
-    dead = diagonal == 0
-    diagonal += damping * diagonal.mean()
-    diagonal[dead] = 1.0
-    return raised
 
 
 class _Reader:

@@ -19,8 +19,8 @@ from compress.evaluate.run import likeness
 from compress.layout import Layout
 from compress.progress import track
 from compress.statistics import frozen, real_rows, run_body
-from passes.pruning.depth.watch import blocks_of, recalled, remembered
 from passes.pruning.widths.database import Curve, Fit, own_, silence_
+from passes.watch import blocks_of, recalled, remembered
 
 SHARES = (0.5, 0.25, 0.0)  # of an axis' units, measured; what lies between is interpolated
 TINY = 1e-12

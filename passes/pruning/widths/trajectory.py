@@ -22,9 +22,9 @@ from compress.layout import Axis, Layout
 from compress.progress import track
 from compress.statistics import frozen, real_rows
 from passes.distillation.losses import logit_kl
-from passes.pruning.depth.watch import Batch, Call, answer, blocks_of, real_tokens, watched
 from passes.pruning.widths.database import Curve, matrix, projection
 from passes.pruning.widths.sensitivity import relative_change, restored
+from passes.watch import Batch, Call, answer, blocks_of, real_tokens, watched
 
 Batches = Sequence[Batch]
 
