@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import shlex
 import sys
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,25 @@ PLACES = (
     "--models",
 )  # options that say where things lie on one machine, and change no figure
 VERSIONS = ("torch", "transformers", "onnxruntime", "onnx", "onnxscript", "accelerate", "numpy")
+
+
+def options(doc: str | None, out: str = "", language_model: bool = False) -> argparse.ArgumentParser:
+    """A suite's options with those that suites share: where texts and, if named, what it leaves lie; its model."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    data = os.environ.get("HF_COMPRESS_DATA")
+    made.add_argument("--data", type=Path, default=data, required=data is None, help="folder, or HF_COMPRESS_DATA")
+    if out:
+        made.add_argument("--out", type=Path, default=Path("out", "benchmarks", out))
+    if language_model:
+        made.add_argument("--model", required=True, help="its folder")
+        made.add_argument("--name", required=True, help="what the model is called in the results")
+        made.add_argument("--source", required=True, help="text below the folder of data")
+    return made
+
+
+def folder_of(branch: Mapping[str, Any], kind: str) -> str:
+    """Where a branch's artifact of a kind lies."""
+    return next(item["path"] for item in branch["artifacts"] if item["kind"] == kind)
 
 
 def record(name: str, figures: dict[str, Any]) -> Path:

@@ -8,13 +8,11 @@ be had here lie on a 4-bit grid already, and would flatter any other. The encode
 
 from __future__ import annotations
 
-import argparse
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import record
+from benchmarks.harness import options, record
 from compress import compress
 
 GRIDS = ((4, 128), (4, 32), (3, 64))  # bits, and how many weights share a scale
@@ -94,14 +92,10 @@ def told(artifact: Mapping[str, Any], metric: str) -> dict[str, Any]:
 
 def main() -> None:
     """Run both plans and write results/quantization-weights.json and results/quantization-artifacts.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(__doc__, "quantization")
     parser.add_argument("--models", type=Path, required=True, help="a folder with stories15m and minilm in it")
-    parser.add_argument("--data", type=Path, default=os.environ.get("HF_COMPRESS_DATA"))
-    parser.add_argument("--out", type=Path, default=Path("out/benchmarks/quantization"))
     given = parser.parse_args()
-    if given.data is None:
-        parser.error("expected --data or HF_COMPRESS_DATA")
-    data = Path(given.data)
+    data = given.data
     report = compress(plan=decoder_plan(given.models, data), out=given.out / "decoder").report
     dense = report["baseline"]
     told_dense = {key: dense[key] for key in ("bytes", "milliseconds")} | {"perplexity": dense["quality"]["perplexity"]}

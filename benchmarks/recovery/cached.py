@@ -11,16 +11,14 @@ one thread, by the time of the processor. A killed run goes on where it was.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.harness import record
+from benchmarks.harness import options, record
 from compress import store
 from compress.evaluate import evaluate
 from compress.plan import Node, Plan, Tables
@@ -102,21 +100,13 @@ def timed(ways: dict[str, Iterator[None]], rounds: int) -> dict[str, float]:
 
 def main() -> None:
     """Run the plan, time the ways and write results/recovery-cached-NAME.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--name", required=True, help="what the model is called in the results")
-    parser.add_argument("--source", required=True)
+    parser = options(__doc__, "cached", language_model=True)
     parser.add_argument("--test")
     parser.add_argument("--samples", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--remove", type=int, default=1, help="blocks that go")
     parser.add_argument("--rounds", type=int, default=20, help="of timing")
-    parser.add_argument("--data", type=Path, default=os.environ.get("HF_COMPRESS_DATA"))
-    parser.add_argument("--out", type=Path, default=Path("out/benchmarks/cached"))
     given = parser.parse_args()
-    if given.data is None:
-        parser.error("expected --data or HF_COMPRESS_DATA")
-    given.data = Path(given.data)
     torch.set_num_threads(1)
     run = Run(Plan.read(plan(given), Tables(PASSES, {})), prepare(given.out, fresh=False))
     run.go()

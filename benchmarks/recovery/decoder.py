@@ -10,14 +10,12 @@ kind, on which nothing is trained. A killed run goes on where it was, and seeds 
 from __future__ import annotations
 
 import argparse
-import os
-from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from transformers import AutoConfig
 
-from benchmarks.harness import record
+from benchmarks.harness import options, record
 from compress import compress
 
 LENGTH, TEST_ROWS = 256, 40
@@ -71,19 +69,11 @@ def row_of(way: str, branches: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> None:
     """Run the plan and write results/recovery-decoder-NAME.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--name", required=True, help="what the model is called in the results")
-    parser.add_argument("--source", required=True)
+    parser = options(__doc__, "recovery-decoder", language_model=True)
     parser.add_argument("--other", required=True)
     parser.add_argument("--steps", type=int, default=60, help="of recovery, of 1,024 tokens each")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--data", type=Path, default=os.environ.get("HF_COMPRESS_DATA"))
-    parser.add_argument("--out", type=Path, default=Path("out/benchmarks/recovery-decoder"))
     given = parser.parse_args()
-    if given.data is None:
-        parser.error("expected --data or HF_COMPRESS_DATA")
-    given.data = Path(given.data)
     report = compress(plan=plan(given), out=given.out).report
     found: dict[str, list[dict[str, Any]]] = {}
     for branch in report["branches"]:

@@ -9,13 +9,12 @@ its tokens that the whole model takes, and tokens a second beside writing alone,
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.harness import record
+from benchmarks.harness import options, record
 from compress import compress, load
 from compress.data import Data, DataOptions
 from compress.evaluate.draft import draft_with
@@ -58,18 +57,10 @@ def beginnings(model: str, source: Path) -> list[list[int]]:
 
 def main() -> None:
     """Run the plan and write results/recovery-draft-NAME.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--name", required=True, help="what the model is called in the results")
-    parser.add_argument("--source", required=True)
+    parser = options(__doc__, "draft", language_model=True)
     parser.add_argument("--blocks", type=int, default=3, help="how many blocks go")
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--data", type=Path, default=os.environ.get("HF_COMPRESS_DATA"))
-    parser.add_argument("--out", type=Path, default=Path("out/benchmarks/draft"))
     given = parser.parse_args()
-    if given.data is None:
-        parser.error("expected --data or HF_COMPRESS_DATA")
-    given.data = Path(given.data)
     result = compress(plan=plan(given), out=given.out)
     torch.set_num_threads(1)
     model, _ = load(given.model)

@@ -10,12 +10,11 @@ was, and seeds can be added to a run.
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from benchmarks.harness import record
+from benchmarks.harness import folder_of, options, record
 from compress import compress, load
 from compress.data import Data, DataOptions
 from compress.evaluate import evaluate
@@ -62,34 +61,24 @@ def plan(given: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def folder_of(branch: dict[str, Any]) -> str:
-    """Where the branch's model lies."""
-    return next(item["path"] for item in branch["artifacts"] if item["kind"] == "huggingface")
-
-
 def validated(branch: dict[str, Any], texts: Data) -> float:
     """Accuracy of a branch on the split that choices are made by."""
-    model, _ = load(folder_of(branch), TASK)
+    model, _ = load(folder_of(branch, "huggingface"), TASK)
     return evaluate(model, texts, TASK, split="validation")["accuracy"].value
 
 
 def main() -> None:
     """Run the plan and write results/recovery-encoder.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=os.environ.get("HF_COMPRESS_DATA"))
+    parser = options(__doc__, "recovery")
     parser.add_argument("--model", help="a model that is fine-tuned already, so that it need not be done here")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--out", type=Path, default=Path("out/benchmarks/recovery"))
     given = parser.parse_args()
-    if given.data is None:
-        parser.error("expected --data or HF_COMPRESS_DATA")
-    given.data = Path(given.data)
     report = compress(plan=plan(given), out=given.out).report
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for branch in report["branches"]:
         speed, _, way = branch["name"].partition("/")
         found.setdefault((speed, way.rpartition("-")[0]), []).append(branch)
-    _, tokenizer = load(folder_of(report["branches"][0]), TASK)
+    _, tokenizer = load(folder_of(report["branches"][0], "huggingface"), TASK)
     texts = Data.open(DataOptions.model_validate(data(given.data)), tokenizer, TASK)
     rows = []
     for (speed, way), branches in sorted(found.items()):

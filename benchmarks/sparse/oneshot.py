@@ -9,14 +9,12 @@ source is held out. All ways see the same calibration rows, which none is scored
 
 from __future__ import annotations
 
-import argparse
-import os
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.harness import record
+from benchmarks.harness import options, record
 from compress.contract import MASKS, Pass
 from compress.evaluate import evaluate
 from compress.masks import zeros
@@ -62,20 +60,14 @@ def perplexity(state: State) -> dict[str, float]:
 
 def main() -> None:
     """Go every way from the dense model and write results/sparse-oneshot-NAME.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--name", required=True, help="what the model is called in the results")
-    parser.add_argument("--source", required=True)
+    parser = options(__doc__, language_model=True)
     parser.add_argument("--test")
     parser.add_argument("--patterns", nargs="+", choices=list(PATTERNS), default=["half", "2:4"])
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(METHODS))
-    parser.add_argument("--data", type=Path, default=os.environ.get("HF_COMPRESS_DATA"))
     given = parser.parse_args()
-    if given.data is None:
-        parser.error("expected --data or HF_COMPRESS_DATA")
     data = {
-        "source": str(Path(given.data) / given.source),
-        "test": str(Path(given.data) / given.test) if given.test else None,
+        "source": str(given.data / given.source),
+        "test": str(given.data / given.test) if given.test else None,
         "max_length": LENGTH,
         "held_share": 0.3,
         "calibration_rows": ROWS,

@@ -12,13 +12,12 @@ killed run goes on where it was, and shares and ways can be added to a run.
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
 
-from benchmarks.harness import record
+from benchmarks.harness import folder_of, options, record
 from compress import Target, compress
 from compress.checkpoint import load
 from compress.data import Data, DataOptions
@@ -98,28 +97,15 @@ def row_of(branch: dict[str, Any], text: Path) -> dict[str, Any]:
     }
 
 
-def folder_of(branch: dict[str, Any], kind: str) -> str:
-    """Where the branch's artifact of that kind lies."""
-    return next(item["path"] for item in branch["artifacts"] if item["kind"] == kind)
-
-
 def main() -> None:
     """Run the plan and write results/structured-decoder-NAME.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--name", required=True, help="what the model is called in the results")
-    parser.add_argument("--source", required=True)
+    parser = options(__doc__, "decoder", language_model=True)
     parser.add_argument("--test")
     parser.add_argument("--other", required=True)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.1, 0.2, 0.3])
     parser.add_argument("--steps", type=int, default=40, help="of recovery, of 1,024 tokens each")
     parser.add_argument("--ways", nargs="+", choices=list(ways(0.2, 1)), default=list(ways(0.2, 1)))
-    parser.add_argument("--data", type=Path, default=os.environ.get("HF_COMPRESS_DATA"))
-    parser.add_argument("--out", type=Path, default=Path("out/benchmarks/decoder"))
     given = parser.parse_args()
-    if given.data is None:
-        parser.error("expected --data or HF_COMPRESS_DATA")
-    given.data = Path(given.data)
     report = compress(plan=plan(given), out=given.out).report
     other = given.data / given.other
     rows = [row_of(branch, other) for branch in report["branches"]]

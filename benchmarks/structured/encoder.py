@@ -9,12 +9,10 @@ row has been recovered once for each speed-up up to its own. Needs the extra `be
 
 from __future__ import annotations
 
-import argparse
-import os
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import record
+from benchmarks.harness import options, record
 from benchmarks.structured.peers import TorchPruning
 from compress import Target, compress
 from compress.measure import measure, speedup
@@ -51,14 +49,10 @@ def large_batch(out: Path, report: dict[str, Any]) -> list[dict[str, float]]:
 
 def main() -> None:
     """Run the plan and write results/structured-encoder.json."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=os.environ.get("HF_COMPRESS_DATA"))
-    parser.add_argument("--out", type=Path, default=Path("out/benchmarks/encoder"))
+    parser = options(__doc__, "encoder")
     given = parser.parse_args()
-    if given.data is None:
-        parser.error("expected --data or HF_COMPRESS_DATA")
     PASSES["torch_pruning"] = TorchPruning
-    folder = Path(given.data) / "sst2"
+    folder = given.data / "sst2"
     sources = [f"data.source={folder / 'train.tsv'}", f"data.test={folder / 'dev.tsv'}"]
     report = compress(plan=PLAN, out=given.out, overrides=sources).report
     rows = [row_of(branch) for branch in report["branches"]]
