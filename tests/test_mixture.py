@@ -16,6 +16,7 @@ from passes.distillation.mixing import LEAST, Mixing, reweighed
 from passes.distillation.mixture import Mixture
 from tests.test_distill import WORDS, distill, make_state, prune
 from tests.texts import write_lines
+from tests.world import power_cut
 
 HALVES = {"low": WORDS[:20], "high": WORDS[20:]}
 
@@ -169,19 +170,11 @@ def test_what_was_forgotten_is_trained_more(tmp_path):
     assert found["high"]["high"] > found["low"]["high"] + 0.05
 
 
-def test_a_killed_run_resumes_to_the_same_bits(tmp_path, monkeypatch):
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path):
     options = {"steps": 12, "losses": {"logits": 1}, "mixture": {"updates": 6}, "checkpoint_every": 4}
-    straight, whole, calls = distill(damaged(tmp_path / "straight"), **options), Mixing.turn, iter(range(1000))
-
-    def failing(self, batch):
-        if next(calls) == 7:
-            raise RuntimeError("power cut")
-        return whole(self, batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Mixing, "turn", failing)
-        with pytest.raises(RuntimeError, match="power cut"):
-            distill(damaged(tmp_path / "killed"), **options)
+    straight = distill(damaged(tmp_path / "straight"), **options)
+    with power_cut(Mixing, "turn", 7):
+        distill(damaged(tmp_path / "killed"), **options)
     resumed = distill(damaged(tmp_path / "killed"), **options)
     assert straight.figures["best_step"] > 4
     assert all(torch.equal(one, resumed.model.state_dict()[name]) for name, one in straight.model.state_dict().items())

@@ -11,12 +11,12 @@ from pydantic import ValidationError
 from compress.data.batches import IGNORED
 from compress.errors import TrainingError
 from compress.writing import write_on
-from passes.distillation import compare
 from passes.distillation.choice import Losses
 from passes.distillation.compare import Comparison
 from passes.distillation.distill import Distill
 from passes.distillation.on_policy import OnPolicy, own_words
 from tests.test_distill import distill, make_state, prune
+from tests.world import power_cut
 
 ENDS = {3}
 
@@ -115,19 +115,9 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, monkeypatch):
         prune(state)
         return state
 
-    straight, calls = distill(pruned("straight"), **options), []
-
-    def stopped(*given, **more):
-        calls.append(1)
-        if len(calls) == 7:
-            raise RuntimeError("power cut")
-        return losses(*given, **more)
-
-    losses = Comparison.losses
-    with monkeypatch.context() as patch:
-        patch.setattr(compare.Comparison, "losses", stopped)
-        with pytest.raises(RuntimeError, match="power cut"):
-            distill(pruned("killed"), **options)
+    straight = distill(pruned("straight"), **options)
+    with power_cut(Comparison, "losses", 6):
+        distill(pruned("killed"), **options)
     resumed = distill(pruned("killed"), **options)
     assert straight.figures["best_step"] > 4
     assert all(torch.equal(one, resumed.model.state_dict()[name]) for name, one in straight.model.state_dict().items())

@@ -25,7 +25,7 @@ from passes.distillation.losses.predictions import Draws
 from passes.distillation.taught import Taught, draw, entries
 from passes.distillation.teach import Teach
 from tests.test_distill import distill, make_state, prune
-from tests.world import make_world
+from tests.world import make_world, power_cut
 
 CLASSES, SAMPLES = 50, 8
 DRAWN = [name for name, cls in LOSSES.items() if cls.drawn]
@@ -240,7 +240,7 @@ def test_by_many_draws_the_loss_is_that_by_the_teacher_itself(tmp_path):
         torch.testing.assert_close(*both, rtol=0.03, atol=0)
 
 
-def test_a_killed_recovery_by_the_store_resumes_to_the_same_bits(tmp_path, monkeypatch):
+def test_a_killed_recovery_by_the_store_resumes_to_the_same_bits(tmp_path):
     def ready(name):
         (folder := tmp_path / name).mkdir(exist_ok=True)
         state = teach(make_state(folder, "text-generation"))
@@ -249,15 +249,7 @@ def test_a_killed_recovery_by_the_store_resumes_to_the_same_bits(tmp_path, monke
 
     options = {"losses": {"logits": 1}, "cached": True, "checkpoint_every": 4}
     straight = distill(ready("straight"), **options)
-    whole, calls = Comparison.losses, iter(range(1000))
-
-    def failing(self, student, batch):
-        if next(calls) == 20:
-            raise RuntimeError("power cut")
-        return whole(self, student, batch)
-
-    monkeypatch.setattr(Comparison, "losses", failing)
-    with pytest.raises(RuntimeError):
+    with power_cut(Comparison, "losses", 20):
         distill(ready("killed"), **options)
     resumed = distill(ready("killed"), **options)
     assert straight.figures["history"] == resumed.figures["history"]

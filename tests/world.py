@@ -1,10 +1,15 @@
-"""A small world for whole runs: an encoder with its tokenizer, texts and labels, on disk, made in a second."""
+"""A small world for whole runs: an encoder, its tokenizer, texts and labels, made in a second; and its power cuts."""
 
 from __future__ import annotations
 
+import itertools
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
@@ -52,3 +57,19 @@ def make_world(folder: Path) -> None:
     (folder / "reviews.txt").write_text("\n".join(text for text, _ in rows) + "\n")
     lines = "\n".join(f"{text}\t{label}" for text, label in rows)
     (folder / "reviews.tsv").write_text(f"sentence\tlabel\n{lines}\n")
+
+
+@contextmanager
+def power_cut(owner: type, method: str, call: int) -> Iterator[None]:
+    """Inside, a method fails at the call of that number, counted from 0, and with it all that is run here."""
+    whole, calls = getattr(owner, method), itertools.count()
+
+    def failing(*given: Any, **more: Any) -> Any:
+        if next(calls) == call:
+            raise RuntimeError("power cut")
+        return whole(*given, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, method, failing)
+        with pytest.raises(RuntimeError, match="power cut"):
+            yield
