@@ -298,6 +298,14 @@ def test_verdict_is_one_sentence(case: str) -> None:
     assert wording.verdict(check(CASES[case]())) == VERDICTS[case]
 
 
+def test_a_verdict_on_many_names_the_first_few() -> None:
+    made = missed()
+    made["branches"] = [{**made["branches"][-1], "name": f"4x-{number}"} for number in range(20)]
+    said = wording.verdict(check(made))
+    assert said.startswith("0 of 20 promised speed-ups met on ONNX Runtime CPU; missed: 4x (3.71x")
+    assert said.endswith(" and 16 more.")
+
+
 def test_omissions_name_every_gap_with_its_cause() -> None:
     made = missed()
     made["branches"][0]["artifacts"][0]["worst_error"] = None

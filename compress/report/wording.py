@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import PurePath
 
 import yaml
@@ -12,6 +12,7 @@ from compress.contract import FLOAT
 from compress.report.schema import Artifact, Axis, Branch, Interval, Measured, Report, Step
 
 ABSENT = "not measured"
+NAMED = 4  # things that a sentence names
 LOWER_IS_BETTER = frozenset({"perplexity", "kl", "loss", "calibration_error"})
 NAMES = {"onnxruntime": "ONNX Runtime", "torch": "PyTorch", "openvino": "OpenVINO", "cpu": "CPU", "cuda": "CUDA"}
 
@@ -181,7 +182,7 @@ def metrics(report: Report) -> list[str]:
 
 
 def verdict(report: Report) -> str:
-    """The outcome in one sentence; what was missed is said by name."""
+    """The outcome in one sentence; what was missed is said by name, the first of many."""
     promised = [branch for branch in report.branches if branch.promised_speedup is not None]
     if not promised:
         found = "; ".join(outcome(report, branch) for branch in report.branches)
@@ -191,9 +192,15 @@ def verdict(report: Report) -> str:
         return f"{promise(only)} promised, {measured(only)} on {where(report)}: {standing(only)}."
     met = [branch for branch in promised if branch.met]
     if len(met) == len(promised):
-        return f"{len(met)} of {len(met)} promised speed-ups met on {where(report)}: {', '.join(map(speed, met))}."
+        return f"{len(met)} of {len(met)} promised speed-ups met on {where(report)}: {some(map(speed, met))}."
     missed = [f"{promise(one)} ({speed(one)})" for one in promised if not one.met]
-    return f"{len(met)} of {len(promised)} promised speed-ups met on {where(report)}; missed: {', '.join(missed)}."
+    return f"{len(met)} of {len(promised)} promised speed-ups met on {where(report)}; missed: {some(missed)}."
+
+
+def some(things: Iterable[str]) -> str:
+    """The first few of a list in words, and how many more there are."""
+    first, rest = (known := list(things))[:NAMED], known[NAMED:]
+    return ", ".join(first) + (f" and {len(rest)} more" if rest else "")
 
 
 def outcome(report: Report, branch: Branch) -> str:
