@@ -411,6 +411,16 @@ def test_numbers_have_sensible_units(told: str, expected: str) -> None:
     assert told == expected
 
 
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [(601, "whole run: 10 min 01 s"), (11, "resumed run: 11 s; the steps took 9 min 48 s when they ran")],
+)
+def test_resumed_run_tells_what_it_did_not_do_again(seconds: float, expected: str, tmp_path: Path) -> None:
+    _, text, page = rendered(single() | {"seconds": seconds}, tmp_path)
+    assert expected in text
+    assert expected in page
+
+
 @pytest.mark.parametrize("dense", [1, 12, 96, 97, 1536, 11008])
 def test_strip_shades_every_column_once(dense: int) -> None:
     whole = pictures.strip(dense, range(dense), "whole")

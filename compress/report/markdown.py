@@ -10,11 +10,11 @@ from compress.report.schema import Branch, Measured, Report
 
 def markdown(report: Report) -> str:
     """Draw up the text; everything from the report is escaped."""
-    setting = f"Measured with {wording.shape(report) or 'an unnamed setting'}."
+    setting = f"Measured with {wording.shape(report) or 'an unnamed setting'}"
     parts = [
         f"# {clean(wording.title(report))}: compression report",
         f"**{clean(wording.verdict(report))}**",
-        clean(f"{setting} The whole run: {wording.duration(report.seconds)}."),
+        clean(f"{setting}; {wording.whole_run(report)}."),
         "## Results",
         results(report),
         "## Quality",

@@ -49,6 +49,14 @@ def duration(seconds: float | None) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
+def whole_run(report: Report) -> str:
+    """How long the run took, and that a resumed one took its finished steps from the cache."""
+    steps = max((sum(step.seconds or 0 for step in branch.steps) for branch in report.branches), default=0)
+    if report.seconds is None or steps <= report.seconds:
+        return f"whole run: {duration(report.seconds)}"
+    return f"resumed run: {duration(report.seconds)}; the steps took {duration(steps)} when they ran"
+
+
 def latency(milliseconds: float | None) -> str:
     """Write milliseconds with three figures: ``0.412 ms``, ``28.1 ms``, ``1.93 s``."""
     if milliseconds is None:
