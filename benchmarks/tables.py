@@ -204,6 +204,18 @@ def oneshot(found: Figures) -> Iterator[str]:
         )
 
 
+def sparse_encoder(found: Figures) -> Iterator[str]:
+    """A classifier with more zeros from stage to stage: losses and patterns by sparsity."""
+    dense = found["dense_accuracy"]
+    yield f"Dense: accuracy {100 * dense:.2f} on the dev set; {found['steps']} steps of recovery at each stage."
+    yield ""
+    yield "| recovered by | zeros | accuracy | points to dense |"
+    yield "|---|---|---|---|"
+    for row in found["rows"]:
+        accuracy = interval(*(100 * value for value in (row["accuracy"], *row["interval"])), 2)
+        yield f"| {row['way']} | {100 * row['zeros']:.1f} % | {accuracy} | {100 * (row['accuracy'] - dense):+.2f} |"
+
+
 def cost(found: Figures) -> Iterator[str]:
     """What pruning and importing cost."""
     yield "| what | figure |"
@@ -229,6 +241,7 @@ SUITES: dict[str, tuple[str, Callable[[Figures], Iterator[str]]]] = {
     "quantization-artifacts": ("MiniLM-L6 in ONNX Runtime by precision, each artifact judged by itself", artifacts),
     "sparse-oneshot-stories15m": ("stories15M with half of its weights zero, by several ways, in one go", oneshot),
     "sparse-oneshot-smollm2": ("SmolLM2-135M with half of its weights zero, by several ways, in one go", oneshot),
+    "sparse-encoder": ("SST-2: MiniLM-L6 made sparse in stages by oBERT", sparse_encoder),
     "cost": ("Cost of statistics, database and search, and of starting up", cost),
     "cost-mpnet": ("The same for MPNet-base, 109 M parameters", cost),
     "cost-smollm2": ("The same for SmolLM2-135M", cost),

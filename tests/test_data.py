@@ -148,6 +148,11 @@ def test_separate_test_rows_are_left_out_of_everything_else(tmp_path) -> None:
     data = open_rows(tmp_path, "feature-extraction", test=test, validation=validation)
     counts = {name: len(part.rows) for name, part in data.splits.items()}
     assert counts == {"calibration": 5, "train": 45, "validation": 10, "test": 20}
+    cut = open_rows(tmp_path, "feature-extraction", test=test, test_rows=3)
+    assert [row.texts for row in cut.splits["test"].rows] == [row.texts for row in data.splits["test"].rows[:3]]
+    assert len(cut.splits["train"].rows) == len(
+        open_rows(tmp_path, "feature-extraction", test=test).splits["train"].rows
+    )
 
 
 def test_rows_of_another_domain_stand_beside_the_splits_and_in_the_fingerprint(tmp_path) -> None:

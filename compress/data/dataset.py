@@ -18,7 +18,7 @@ from compress.data.labels import Labels, find_labels
 from compress.data.options import SOURCES, DataOptions
 from compress.data.rows import read_rows
 from compress.data.sources import Query, Row
-from compress.data.splits import split_rows
+from compress.data.splits import HELD_ROWS, split_rows
 from compress.errors import DataError, nearest
 from compress.tasks import Task
 
@@ -84,7 +84,7 @@ class Data:
         running = task.packs and sources.is_running(options.source)
         splits = split_rows(rows, held, options, running=running)
         if "other" in held:
-            splits["other"] = held["other"][: options.test_rows]
+            splits["other"] = held["other"][: options.test_rows or HELD_ROWS]
         classes = label_kind(task, label, [*rows, *(row for part in held.values() for row in part)], options, names)
         length = min(options.max_length, tokenizer.model_max_length)
         encoder = Encoder(tokenizer, task.name, length, classes, running)

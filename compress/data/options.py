@@ -21,7 +21,8 @@ class DataOptions(Options):
     `source` is "builtin" (prose that ships with Python, and everyday sentences made by a grammar), a .txt, .tokens,
     .jsonl, .json, .csv or .tsv file, a folder saved by `datasets`, or the name of a dataset on the hub, whose `config`
     and `split` may be named. `validation` and `test` are other files, or for a dataset other splits of it; what is not
-    given is held out of the source: `held_share` of its rows each, and no more than `validation_rows` and `test_rows`.
+    given is held out of the source: `held_share` of its rows each, and no more than `validation_rows` and `test_rows`,
+    or 2,000; those that are given are cut to so many first rows where that is asked for.
     `other` is a source of another domain with the same columns, for scores beside those of the test: a model that only
     learns the ways of its corpus gains on the one and loses on the other.
     Where texts are written on, a `label` makes them questions with answers: a row each, the answer alone being learnt.
@@ -46,8 +47,12 @@ class DataOptions(Options):
     max_length: int = Field(128, ge=8, description="tokens per row at most")
     train_rows: int | None = Field(None, ge=1, description="rows to train on at most")
     calibration_rows: int = Field(512, ge=1, description="rows for statistics at most")
-    validation_rows: int = Field(2000, ge=1, description="rows for validation at most")
-    test_rows: int = Field(2000, ge=1, description="rows for the final scores at most")
+    validation_rows: int | None = Field(
+        None, ge=1, description="rows for validation at most; null: 2000 where they are held out of the source"
+    )
+    test_rows: int | None = Field(
+        None, ge=1, description="rows for the final scores at most; null: 2000 where they are held out of the source"
+    )
     held_share: float = Field(0.1, gt=0, le=0.3, description="share of the source held out, for each held-out split")
     substitute: float = Field(
         default=0.0, ge=0, le=1, description="most of a calibration or training row's words swapped for random ones"

@@ -10,6 +10,7 @@ from compress.data.sources import Row
 from compress.errors import DataError
 
 SPLITS = ("calibration", "train", "validation", "test")
+HELD_ROWS = 2000  # of a split at most that is held out of the source, where nothing is said
 
 
 def split_rows(
@@ -25,7 +26,8 @@ def split_rows(
     spoken_for: set[str] = set()
     for name in ("test", "validation"):
         if name in held:
-            splits[name] = [row for row in held[name] if text_key(row) not in spoken_for]
+            found = [row for row in held[name] if text_key(row) not in spoken_for]
+            splits[name] = found[: getattr(options, f"{name}_rows")]
             spoken_for.update(map(text_key, held[name]))
     keyed = [(text_key(row), row) for row in rows]
     keys = [key for key in dict.fromkeys(key for key, _ in keyed) if key not in spoken_for]
@@ -49,7 +51,7 @@ def deal(keys: Sequence[str], names: Sequence[str], options: DataOptions) -> dic
             f"at least {len(names)} are needed for {', '.join(names)}"
         )
     share = max(1, int(options.held_share * len(keys)))
-    sizes = {name: min(getattr(options, f"{name}_rows"), share) for name in names if name != "train"}
+    sizes = {name: min(getattr(options, f"{name}_rows") or HELD_ROWS, share) for name in names if name != "train"}
     rest = len(keys) - sum(sizes.values())
     home = dict.fromkeys(keys[:rest][: options.train_rows], "train")
     for name, size in sizes.items():
