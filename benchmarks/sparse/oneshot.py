@@ -1,15 +1,17 @@
 """Zeros in one go by several ways, without recovery: perplexity of a decoder, stories15M or SmolLM2-135M.
 
     python -m benchmarks.sparse.oneshot --model MODEL --name stories15m --source text/tinystories_sample.txt
-        [--test wikitext2/wiki.test.tokens] [--patterns half 2:4] [--ways obert ...]
+        [--test wikitext2/wiki.test.tokens] [--patterns half 2:4] [--ways obert ...] [--out OUT]
 
 `--model` is its folder. Texts lie below `--data`, for which HF_COMPRESS_DATA stands; without `--test` a part of the
-source is held out. All ways see the same calibration rows, which none is scored on.
+source is held out. All ways see the same calibration rows, which none is scored on. Rows that are finished are kept in
+a folder, so that a killed run goes on where it was, and ways can be added to a run.
 """
 
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,7 +21,7 @@ from compress.contract import MASKS, Pass
 from compress.evaluate import evaluate
 from compress.masks import zeros
 from compress.plan import Plan, Tables
-from compress.runner import Run
+from compress.runner import Run, remembered
 from compress.state import State, Workshop
 from exporters import EXPORTERS
 from passes import PASSES
@@ -58,9 +60,20 @@ def perplexity(state: State) -> dict[str, float]:
     return {"perplexity": found.value, "low": found.low, "high": found.high}
 
 
+def row_of(start: State, way: str, pattern: str, folder: Path) -> dict[str, Any]:
+    """Go a way from the dense model and score what is left."""
+    state = start.branch()
+    state.workshop = Workshop(folder / way / pattern, folder)
+    started = time.monotonic()
+    (after,) = step_of(way, pattern).run(state)
+    seconds = round(time.monotonic() - started, 1)
+    share = zeros(after.model, after.facts[MASKS.name])["share"]
+    return {"method": way, "pattern": pattern, "share": share, "seconds": seconds, **perplexity(after)}
+
+
 def main() -> None:
     """Go every way from the dense model and write results/sparse-oneshot-NAME.json."""
-    parser = options(__doc__, language_model=True)
+    parser = options(__doc__, "sparse-oneshot", language_model=True)
     parser.add_argument("--test")
     parser.add_argument("--patterns", nargs="+", choices=list(PATTERNS), default=["half", "2:4"])
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(METHODS))
@@ -78,22 +91,16 @@ def main() -> None:
     )
     rows = []
     with TemporaryDirectory() as folder:
-        start = Run(plan, Path(folder)).state(None)
-        dense = perplexity(start)
+        run = Run(plan, Path(folder))
+        start, kept = run.state(None), given.out / run.root_key
+        kept.mkdir(parents=True, exist_ok=True)
+        dense = remembered(kept / "dense.json", lambda: perplexity(start))
         for pattern in given.patterns:
             for way in given.ways:
-                if not fits(way, pattern):
-                    continue
-                state = start.branch()
-                state.workshop = Workshop(Path(folder) / way / pattern, Path(folder))
-                started = time.monotonic()
-                (after,) = step_of(way, pattern).run(state)
-                seconds = round(time.monotonic() - started, 1)
-                share = zeros(after.model, after.facts[MASKS.name])["share"]
-                rows.append(
-                    {"method": way, "pattern": pattern, "share": share, "seconds": seconds, **perplexity(after)}
-                )
-                print(rows[-1])
+                if fits(way, pattern):
+                    place = kept / f"{way}-{pattern.replace(':', '-')}.json"
+                    rows.append(remembered(place, partial(row_of, start, way, pattern, Path(folder))))
+                    print(rows[-1], flush=True)
     tokens = sum(int(batch["attention_mask"].sum()) for batch in start.data.batches("calibration", 8))
     record(f"sparse-oneshot-{given.name}", {"calibration_tokens": tokens, "dense": dense, "rows": rows})
 
