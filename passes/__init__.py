@@ -18,6 +18,7 @@ from passes.pruning.widths.optin import Optin
 from passes.pruning.widths.prune import Prune
 from passes.pruning.widths.ziplm import ZipLM
 from passes.quantization.binarize import Binarize
+from passes.quantization.cross import Crossquant
 from passes.quantization.gptq import Gptq
 from passes.quantization.smooth import Smoothquant
 from passes.rows.select import Select
@@ -35,6 +36,7 @@ PASSES: dict[str, type[Pass]] = {
     "slice_hidden": SliceHidden,
     "puzzle": Puzzle,
     "smoothquant": Smoothquant,
+    "crossquant": Crossquant,
     "gptq": Gptq,
     "sparsify": Sparsify,
     "obert": Obert,

@@ -11,8 +11,8 @@ A layer becomes the subclass of its kind that rounds: its weight keeps its name,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,10 +26,9 @@ from compress.contract import GRID
 from compress.data.calibration import BATCH, calibration
 from compress.errors import TrainingError
 from compress.state import State
-from compress.statistics import frozen, real_rows
 from passes.quantization.grid import Grid
 from passes.quantization.qat import Qat
-from passes.watch import answer, blocks_of
+from passes.watch import blocks_of, read_rows
 
 TOP = 255  # the greatest code of an activation; the least is 0
 
@@ -115,13 +114,14 @@ def on_grid(state: State, options: Qat) -> Iterator[dict[str, str]]:
     layers, skipped = _layers(state.model, blocks_of(state.layout))
     if not layers:
         raise TrainingError(f"qat: none of {len(skipped)} layers of blocks can lie on a grid; expected some Linear")
-    reads: dict[int, nn.Module] = {}
+    reads: dict[int, Any] = {}
     for layer in layers.values():
         reads.setdefault(id(layer.weight), Range() if options.activations else nn.Identity())
         reads[id(layer.weight)].to(layer.weight.device)
     read = {name: reads[id(layer.weight)] for name, layer in layers.items()}
     if options.activations:
-        observe_(state.model, read, calibration(state.data, options.samples, BATCH))
+        batches = calibration(state.data, options.samples, BATCH)
+        read_rows(state.model, read, batches, lambda name, rows: read[name].see(rows))
     for name, layer in layers.items():
         layer.read, layer.bits, layer.group = read[name], options.weights, options.group
         layer.__class__ = KINDS[type(layer)]
@@ -129,21 +129,6 @@ def on_grid(state: State, options: Qat) -> Iterator[dict[str, str]]:
         yield skipped
     finally:
         state.give(GRID, _settled(layers, options.weights))
-
-
-def observe_(model: PreTrainedModel, reads: Mapping[str, Any], batches: Iterable[Mapping[str, Tensor]]) -> None:
-    """Widen the `Range` of each named layer to what it reads over batches, padding left out."""
-    mask: Tensor | None = None
-
-    def seeing(name: str) -> Any:
-        return lambda module, inputs: reads[name].see(real_rows(inputs[0].detach(), mask))
-
-    with ExitStack() as hooks, frozen(model):
-        for name in reads:
-            hooks.callback(model.get_submodule(name).register_forward_pre_hook(seeing(name)).remove)
-        for batch in batches:
-            mask = batch.get("attention_mask")
-            answer(model, batch)
 
 
 def _layers(model: PreTrainedModel, blocks: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
