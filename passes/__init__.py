@@ -20,6 +20,7 @@ from passes.pruning.widths.ziplm import ZipLM
 from passes.quantization.binarize import Binarize
 from passes.quantization.cross import Crossquant
 from passes.quantization.gptq import Gptq
+from passes.quantization.lowbit import Lowbit
 from passes.quantization.smooth import Smoothquant
 from passes.rows.select import Select
 from passes.rows.self_data import SelfData
@@ -41,6 +42,7 @@ PASSES: dict[str, type[Pass]] = {
     "sparsify": Sparsify,
     "obert": Obert,
     "binarize": Binarize,
+    "lowbit": Lowbit,
     "self_data": SelfData,
     "select": Select,
     "teach": Teach,
