@@ -29,6 +29,7 @@ class Exporter(Options):
     """One kind of artifact: its fields are its options in a plan."""
 
     kind: ClassVar[str]
+    as_stored: ClassVar[bool] = False  # whether weights are written as they are, whatever their format
 
     keep_if: KeepIf | None = Field(default=None, description="put aside what doesn't pay; null keeps it")
 
@@ -69,6 +70,8 @@ class Exporter(Options):
 
         from compress.runtimes import Artifact
 
+        if not self.as_stored and (library := library_of(state.model)):
+            raise ExportError(f"{self.kind}: its weights are those of {library}; expected export: [huggingface]")
         if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file()):
             raise ExportError(f"{folder}: exists and is no exported model; expected a new or an empty folder")
         unfinished = folder.with_name(f".{folder.name}.unfinished")
@@ -119,6 +122,16 @@ def outputs_of(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str
         outputs = model.eval()(**{k: v.to(model.device) for k, v in inputs.items()}, **uncached(model))
     model.train(was_training)
     return {name: value.cpu() for name, value in outputs.items() if isinstance(value, torch.Tensor)}
+
+
+def library_of(model: PreTrainedModel) -> str | None:
+    """The library whose own layers a model has for its linear ones; None where it has floats, or ours."""
+    from compress.layout import RECORD
+
+    config: Any = getattr(model.config, "quantization_config", None)
+    method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
+    name = getattr(method, "value", method)
+    return None if name == RECORD else name
 
 
 def _copy_sentence_files(source: str | None, folder: Path) -> None:

@@ -18,6 +18,7 @@ from passes.pruning.widths.optin import Optin
 from passes.pruning.widths.prune import Prune
 from passes.pruning.widths.ziplm import ZipLM
 from passes.quantization.binarize import Binarize
+from passes.quantization.bitsandbytes import Bitsandbytes
 from passes.quantization.cross import Crossquant
 from passes.quantization.gptq import Gptq
 from passes.quantization.lowbit import Lowbit
@@ -41,6 +42,7 @@ PASSES: dict[str, type[Pass]] = {
     "gptq": Gptq,
     "sparsify": Sparsify,
     "obert": Obert,
+    "bitsandbytes": Bitsandbytes,
     "binarize": Binarize,
     "lowbit": Lowbit,
     "self_data": SelfData,
