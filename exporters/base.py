@@ -68,6 +68,7 @@ class Exporter(Options):
         """
         from safetensors import SafetensorError
 
+        from compress.checkpoint import library_of
         from compress.runtimes import Artifact
 
         if not self.as_stored and (library := library_of(state.model)):
@@ -122,16 +123,6 @@ def outputs_of(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str
         outputs = model.eval()(**{k: v.to(model.device) for k, v in inputs.items()}, **uncached(model))
     model.train(was_training)
     return {name: value.cpu() for name, value in outputs.items() if isinstance(value, torch.Tensor)}
-
-
-def library_of(model: PreTrainedModel) -> str | None:
-    """The library whose own layers a model has for its linear ones; None where it has floats, or ours."""
-    from compress.layout import RECORD
-
-    config: Any = getattr(model.config, "quantization_config", None)
-    method = config.get("quant_method") if isinstance(config, dict) else getattr(config, "quant_method", None)
-    name = getattr(method, "value", method)
-    return None if name == RECORD else name
 
 
 def _copy_sentence_files(source: str | None, folder: Path) -> None:

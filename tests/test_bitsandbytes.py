@@ -37,8 +37,9 @@ def test_it_is_smaller_and_near_and_loads_with_the_same_bits(name: str, options:
     loaded = type(after.model).from_pretrained(tmp_path / "saved").eval()
     assert torch.equal(answer(loaded, inputs), near)
     assert layout_of(loaded) == layout
-    after.dense.source = "dense"
+    after.dense.source, after.model = "dense", loaded  # as a stored step is gone on from
     HuggingFace().run(after, tmp_path / "made")
+    assert torch.equal(answer(type(loaded).from_pretrained(tmp_path / "made").eval(), inputs), near)
 
 
 def test_other_exports_refuse_it(tmp_path: Path) -> None:
