@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 
 from compress.errors import DataError, ExportError, LayoutError
 from compress.families import FAMILIES, dense_layout
+from compress.layout import RECORD
 from compress.quantizer import register
 from compress.tasks import Task, find_model, first_line, infer_task
 
@@ -42,7 +43,8 @@ def save(model: PreTrainedModel, folder: str | Path, tokenizer: PreTrainedTokeni
         folder.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as beside:
             written = Path(beside, "written")
-            model.save_pretrained(written)
+            # What transformers makes of a library's weights as it loads them it can't turn back: they stay as they are.
+            model.save_pretrained(written, save_original_format=library_of(model) is None)
             for weights in written.glob("*.safetensors"):  # written for their owner alone, unlike all other files
                 weights.chmod((written / "config.json").stat().st_mode)
             if tokenizer is not None:
@@ -79,3 +81,10 @@ def load(source: str | Path, task: Task | None = None) -> tuple[PreTrainedModel,
         return model, AutoTokenizer.from_pretrained(name, local_files_only=folder is not None)
     except (OSError, ValueError) as error:
         raise DataError(f"model: the tokenizer in {source} can't be loaded: {first_line(error)}") from error
+
+
+def library_of(model: PreTrainedModel) -> str | None:
+    """The library whose own layers a model has for its linear ones; None where they are torch's or ours."""
+    entry = getattr(model.config, "quantization_config", None)
+    method = entry.get("quant_method") if isinstance(entry, dict) else getattr(entry, "quant_method", None)
+    return None if method in (None, RECORD) else str(getattr(method, "value", method))

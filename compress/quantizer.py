@@ -20,6 +20,7 @@ from compress.errors import LayoutError
 from compress.families import dense_layout
 from compress.layout import RECORD, VERSION, own_record, prefix_of
 from compress.linear import linearise
+from compress.lowbit import lowbit_, store_
 from compress.sharing import cure_, hollow_, tie_
 from compress.stream import narrow_stream_
 
@@ -32,7 +33,7 @@ class HfCompressConfig(QuantizationConfigMixin):
 
     Where blocks were folded, also which of them are `shared` and `cured`; `compress.sharing` tells of both.
     `linear` names the axes for which a Linear stands; a model that has had none lacks the entry. `compress.stream`
-    tells of `stream`, `compress.binary` of `binary`.
+    tells of `stream`, `compress.binary` of `binary`, `compress.lowbit` of `lowbit`.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class HfCompressConfig(QuantizationConfigMixin):
         linear: Sequence[str] | None = None,
         stream: int | None = None,
         binary: Mapping[str, Any] | None = None,
+        lowbit: Mapping[str, Any] | None = None,
     ) -> None:
         if version != VERSION:
             raise LayoutError(
@@ -65,6 +67,8 @@ class HfCompressConfig(QuantizationConfigMixin):
             self.stream = stream
         if binary is not None:
             self.binary = dict(binary)
+        if lowbit is not None:
+            self.lowbit = dict(lowbit)
 
 
 class HfCompressQuantizer(HfQuantizer):
@@ -82,7 +86,7 @@ class HfCompressQuantizer(HfQuantizer):
         record = self.quantization_config.to_dict()
         shared, cured = record.pop("shared", {}), record.pop("cured", {})
         linear, sizes = record.pop("linear", []), record.pop("sizes")
-        stream, binary = record.pop("stream", None), record.pop("binary", None)
+        stream, binary, lowbit = (record.pop(name, None) for name in ("stream", "binary", "lowbit"))
         model.config.quantization_config = {**copy.deepcopy(record), "sizes": {}}
         layout, prefix = dense_layout(model), prefix_of(model)
         if stream is not None:
@@ -97,6 +101,9 @@ class HfCompressQuantizer(HfQuantizer):
         if binary is not None:
             binarize_(model, layout, **binary)
             pack_(model)
+        if lowbit is not None:
+            lowbit_(model, layout, **lowbit)
+            store_(model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         from transformers import PreTrainedModel

@@ -29,6 +29,7 @@ class Exporter(Options):
     """One kind of artifact: its fields are its options in a plan."""
 
     kind: ClassVar[str]
+    as_stored: ClassVar[bool] = False  # whether weights are written as they are, whatever their format
 
     keep_if: KeepIf | None = Field(default=None, description="put aside what doesn't pay; null keeps it")
 
@@ -67,8 +68,11 @@ class Exporter(Options):
         """
         from safetensors import SafetensorError
 
+        from compress.checkpoint import library_of
         from compress.runtimes import Artifact
 
+        if not self.as_stored and (library := library_of(state.model)):
+            raise ExportError(f"{self.kind}: its weights are those of {library}; expected export: [huggingface]")
         if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file()):
             raise ExportError(f"{folder}: exists and is no exported model; expected a new or an empty folder")
         unfinished = folder.with_name(f".{folder.name}.unfinished")

@@ -21,6 +21,7 @@ class HuggingFace(Exporter):
     """Weights in safetensors, config, tokenizer and README.md; what is read back equals the model bit for bit."""
 
     kind: ClassVar[str] = "huggingface"
+    as_stored: ClassVar[bool] = True
 
     @property
     def folder(self) -> str:

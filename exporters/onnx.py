@@ -30,6 +30,7 @@ class Onnx(Quantizing):
     `cache` lets a decoder take and give its key-value cache, so that a step runs one token; auto does so where the task
     is to generate text. `tolerance` is the largest error taken, relative to the largest magnitude of the output it is
     found in (or to 1); a quantized graph may differ by any finite one unless it is given, and is judged by its quality.
+    Where training was on a grid with ranges of activations (`qat`), int8_static has these and those weights.
     """
 
     kind: ClassVar[str] = "onnx"
@@ -77,6 +78,7 @@ class Onnx(Quantizing):
         """Bring the graph in a folder to the precision asked for; return what is to be told of it."""
         from compress.target import Target
         from exporters import precision
+        from exporters.trained import trained_int8
         from exporters.weight_only import weight_only
 
         match self.quantize:
@@ -84,6 +86,10 @@ class Onnx(Quantizing):
                 return precision.sixteen_bits(folder, {"fp16": "FLOAT16", "bf16": "BFLOAT16"}[self.quantize])
             case "int8_dynamic":
                 return precision.dynamic_int8(folder)
+            case "int8_static" if any(key.endswith(".input") for key in state.facts.get(GRID.name, {})):
+                if said := self.model_fields_set & {"ranges", "form", "samples"}:
+                    raise ExportError(f"onnx: activations have the ranges of qat's training; expected no '{min(said)}'")
+                return trained_int8(folder, state.model, state.facts[GRID.name])
             case "int8_static":
                 feed = runtime.open(folder, Target()).feed
                 texts = calibration(state.data, self.samples, batch_size=1)  # one by one there is no padding among them

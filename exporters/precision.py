@@ -121,15 +121,14 @@ class _Feeds:
 def _int8(folder: Path, quantize: Callable[[Path, Path, Sequence[str], bool], None]) -> dict[str, Any]:
     """Ready the graph, quantize its products and tables, and tell how many there are; ExportError where none is.
 
-    On x86 without dot products for int8, sums of two products overflow 16 bits unless weights take 7 of their 8 bits.
+    Where sums of two products overflow 16 bits, weights take 7 of their 8 bits.
     """
     import onnx
     import onnx_ir as ir
 
     from exporters.surgery import as_matmul, narrow_tables
 
-    flags = machine()["flags"]
-    reduce = not any(flag in flags for flag in DOT_PRODUCTS) and "x86" in machine()["system"]
+    reduce = overflows()
     model = ir.load(folder / FILE)
     as_matmul(model.graph)
     tables = narrow_tables(model.graph)
@@ -161,6 +160,11 @@ def _int8(folder: Path, quantize: Callable[[Path, Path, Sequence[str], bool], No
         "weight_bits": 7 if reduce else 8,
         "skipped": dict.fromkeys(left, "ONNX Runtime's quantization left it in float32"),
     }
+
+
+def overflows() -> bool:
+    """Whether sums of two products of int8 overflow on this machine: on x86 without dot products."""
+    return not any(flag in machine()["flags"] for flag in DOT_PRODUCTS) and "x86" in machine()["system"]
 
 
 def _products(graph: ir.Graph) -> list[str]:

@@ -11,7 +11,7 @@ Products on no grid, such as heads, are rounded to 8 bits here, in runs of 32 we
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,12 +34,16 @@ INT8 = 4  # the operator's word for activations in int8
 
 @dataclass(frozen=True)
 class Row:
-    """A row (in,) of a layer: its codes and, for each group of inputs, its scale and its zero."""
+    """A row (in,) of a layer: its codes and, for each group of inputs, its scale and its zero.
+
+    `input` is the scale and the zero of what the layer reads, where that is rounded as well.
+    """
 
     codes: np.ndarray
     scale: np.ndarray
     zero: np.ndarray
     group: int
+    input: tuple[float, int] | None = None
 
 
 def weight_only(folder: Path, model: PreTrainedModel, grid: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,17 +58,16 @@ def weight_only(folder: Path, model: PreTrainedModel, grid: Mapping[str, Any]) -
 
     program = ir.load(folder / FILE)
     as_matmul(program.graph)
-    rows, skipped, done, rounded = _rows(model, grid), dict[str, str](), 0, 0
+    skipped, done, rounded, columns_of = dict[str, str](), 0, 0, grid_columns(model, grid)
     for node in [node for node in program.graph if node.op_type == "MatMul"]:
         matrix = node.inputs[1]
         if matrix is None or not is_matrix(matrix):
             continue
-        columns = np.ascontiguousarray(array_of(matrix).T)
-        found = [row for column in columns if (row := rows.get(_digest(column))) is not None]
-        if len(found) < len(columns):
-            _put(program.graph, node, _rounded(columns), RUN, 8)
+        found = columns_of(array_of(matrix))
+        if found is None:
+            _put(program.graph, node, _rounded(array_of(matrix).T), RUN, 8)
             rounded += 1
-        elif (block := _block(found[0].group, columns.shape[1])) is None:
+        elif (block := _block(found[0].group, len(found[0].codes))) is None:
             skipped[str(matrix.name)] = f"{found[0].group} inputs share a scale; the operator takes 16, 32, 64, ..."
         else:
             _put(program.graph, node, found, block, 8 if grid["bits"] > 4 else 4)
@@ -96,6 +99,21 @@ def _rounded(columns: np.ndarray) -> list[Row]:
     return [Row(one[: columns.shape[1]], step, zero, RUN) for one, step in zip(codes, scale, strict=True)]
 
 
+def grid_columns(model: PreTrainedModel, grid: Mapping[str, Any]) -> Callable[[np.ndarray], list[Row] | None]:
+    """What tells, for the columns of a matrix (in, out), which rows of the layers on the grid they are.
+
+    None where some column is none. Raises ExportError where a layer isn't on its grid.
+    """
+    rows = _rows(model, grid)
+
+    def columns_of(matrix: np.ndarray) -> list[Row] | None:
+        found = [rows.get(_digest(column)) for column in np.ascontiguousarray(matrix.T)]
+        known = [row for row in found if row is not None]
+        return known if len(known) == len(found) else None
+
+    return columns_of
+
+
 def _rows(model: PreTrainedModel, grid: Mapping[str, Any]) -> dict[bytes, Row]:
     """Every row of the layers on the grid, by the digest of its float32 values."""
     from transformers.pytorch_utils import Conv1D
@@ -105,14 +123,15 @@ def _rows(model: PreTrainedModel, grid: Mapping[str, Any]) -> dict[bytes, Row]:
         module: Any = model.get_submodule(name)
         weight = (module.weight.T if isinstance(module, Conv1D) else module.weight).detach().float().cpu().numpy()
         scale, zero = grid[f"{name}.scale"].numpy(), grid[f"{name}.zero"].numpy()
-        group = grid["groups"][name]
+        group, read = grid["groups"][name], grid.get(f"{name}.input")
+        step = None if read is None else (float(read[0]), int(read[1]))
         places = np.arange(weight.shape[1]) // group
         codes = np.rint(weight / scale[:, places]) + zero[:, places]
         told = (codes - zero[:, places]).astype(np.float32) * scale[:, places]
         if not np.array_equal(told, weight):
             raise ExportError(f"onnx: '{name}' doesn't lie on its grid; expected no change after that was chosen")
         for index, values in enumerate(np.ascontiguousarray(weight)):
-            rows[_digest(values)] = Row(codes[index].astype(np.uint8), scale[index], zero[index], group)
+            rows[_digest(values)] = Row(codes[index].astype(np.uint8), scale[index], zero[index], group, step)
     return rows
 
 

@@ -18,7 +18,10 @@ from passes.pruning.widths.optin import Optin
 from passes.pruning.widths.prune import Prune
 from passes.pruning.widths.ziplm import ZipLM
 from passes.quantization.binarize import Binarize
+from passes.quantization.bitsandbytes import Bitsandbytes
+from passes.quantization.cross import Crossquant
 from passes.quantization.gptq import Gptq
+from passes.quantization.lowbit import Lowbit
 from passes.quantization.smooth import Smoothquant
 from passes.rows.select import Select
 from passes.rows.self_data import SelfData
@@ -35,10 +38,13 @@ PASSES: dict[str, type[Pass]] = {
     "slice_hidden": SliceHidden,
     "puzzle": Puzzle,
     "smoothquant": Smoothquant,
+    "crossquant": Crossquant,
     "gptq": Gptq,
     "sparsify": Sparsify,
     "obert": Obert,
+    "bitsandbytes": Bitsandbytes,
     "binarize": Binarize,
+    "lowbit": Lowbit,
     "self_data": SelfData,
     "select": Select,
     "teach": Teach,

@@ -6,7 +6,7 @@ Blocks are hooked, as the hidden states that models return are not all raw: the 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from compress.layout import Layout
 from compress.runtimes.torch import uncached
+from compress.statistics import frozen, real_rows
 
 Batch = Mapping[str, Tensor]
 
@@ -109,6 +110,23 @@ def answer(model: PreTrainedModel, batch: Batch) -> Any:
     known = inspect.signature(model.forward).parameters
     inputs = {name: value.to(model.device) for name, value in batch.items() if name in known and name != "labels"}
     return model(**inputs, **uncached(model))
+
+
+def read_rows(
+    model: PreTrainedModel, layers: Iterable[str], batches: Iterable[Batch], see: Callable[[str, Tensor], None]
+) -> None:
+    """Let `see` see, by name, what each named layer reads of batches: rows (tokens, in) in float32, without padding."""
+    mask: Tensor | None = None
+
+    def seeing(name: str) -> Any:
+        return lambda module, inputs: see(name, real_rows(inputs[0].detach(), mask))
+
+    with ExitStack() as hooks, frozen(model):
+        for name in layers:
+            hooks.callback(model.get_submodule(name).register_forward_pre_hook(seeing(name)).remove)
+        for batch in batches:
+            mask = batch.get("attention_mask")
+            answer(model, batch)
 
 
 def real_tokens(layout: Layout, block: str, batch: Batch, hidden: Tensor) -> Tensor:

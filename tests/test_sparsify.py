@@ -205,7 +205,7 @@ def test_finetuning_keeps_zeros(step: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_precision_keeps_zeros(name: str, tmp_path: Path) -> None:
     state = sparse(state_of(TINY[name], tmp_path))
-    for step in ("smoothquant", "gptq"):
+    for step in ("smoothquant", "crossquant", "gptq"):
         before = copy.deepcopy(state.model.state_dict())
         (state,) = PASSES[step](samples=16).run(state)
         assert any(not torch.equal(before[key], state.model.state_dict()[key]) for key in masked(state))
@@ -234,7 +234,7 @@ def test_cuts_make_masks_stale_and_training_keeps_them() -> None:
         options = {"drop_blocks": {"remove": 1}, "slice_hidden": {"share": 0.5}, "minitron": {"parameters": 0.5}}
         step = PASSES[name](**options.get(name, {"speedups": [2]}))
         assert stale_after(step, frozenset({MASKS})) == {MASKS}
-    for name in ("distill", "finetune", "calibrate", "gptq", "smoothquant"):
+    for name in ("distill", "finetune", "calibrate", "gptq", "smoothquant", "crossquant"):
         assert stale_after(PASSES[name](), frozenset({MASKS})) == frozenset()
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
-from compress.contract import MASKS, PREDICTIONS, STATES, TEACHER, Fact, Options, Part, Pass
+from compress.contract import GRID, MASKS, PREDICTIONS, STATES, TEACHER, Fact, Options, Part, Pass
 from compress.data import DataOptions
 from compress.data.options import SOURCES
 from compress.errors import TrainingError
@@ -18,6 +18,7 @@ from passes.distillation.choice import Losses
 from passes.distillation.losses.base import Reads
 from passes.distillation.mixture import Mixture
 from passes.distillation.on_policy import OnPolicy
+from passes.quantization.qat import Qat
 
 if TYPE_CHECKING:
     from torch import nn
@@ -51,14 +52,14 @@ class Distill(TrainingOptions, Pass):
     by losses that work across them. `data` is what this stage learns from, if not the plan's.
 
     With `lora` every linear layer has a low-rank adapter, and they alone are trained, in little memory: LLM-Neo (Yang
-    et al., arXiv:2411.06839). The zeros of a sparse model stay, which adapters would fill.
+    et al., arXiv:2411.06839). The zeros of a sparse model stay, which adapters would fill. With `qat` the weights of
+    the blocks are on a grid of few bits in the end, which nothing may change any more.
     """
 
     version = 4
     merges = True
 
     keeps = frozenset({MASKS})
-    touches = Part.VALUES
     together = True
 
     learning_rate: float = Field(
@@ -69,6 +70,7 @@ class Distill(TrainingOptions, Pass):
         default=None, description="whether embedding tables are trained as well; left out, where their width was cut"
     )
     lora: Lora | None = Field(default=None, description="train low-rank adapters alone, and merge them at the end")
+    qat: Qat | None = Field(default=None, description="train weights on a grid of few bits; null: as floats")
     losses: Losses | None = Field(default=None, description="weight or options of each loss; left out, what fits")
     teachers: tuple[str, ...] = Field(
         default=(),
@@ -93,6 +95,16 @@ class Distill(TrainingOptions, Pass):
         default=False, description="whether the teacher is asked through what `teach` stored, and not loaded"
     )
     validation_rows: int = Field(default=512, ge=1, description="rows that a validation looks at, drawn once")
+
+    @property
+    def touches(self) -> Part:  # type: ignore[override]
+        """Values, and with `qat` their format."""
+        return Part.VALUES | Part.FORMAT if self.qat else Part.VALUES
+
+    @property
+    def provides(self) -> frozenset[Fact]:  # type: ignore[override]
+        """With `qat` the grid."""
+        return frozenset({GRID}) if self.qat else frozenset()
 
     @property
     def requires(self) -> frozenset[Fact]:  # type: ignore[override]
@@ -121,6 +133,8 @@ class Distill(TrainingOptions, Pass):
             raise ValueError("no loss asks the reference; expected one with keep below 1, such as logits: {keep: 0.4}")
         if self.lora and self.embeddings:
             raise ValueError("with lora no embedding table is trained; expected embeddings to be left out")
+        if self.lora and self.qat:
+            raise ValueError("qat trains the weights themselves, which lora leaves; expected one of the two")
         if self.on_policy and any(loss.reads & Reads.LABELS for loss in losses):
             raise ValueError("on_policy writes texts that nobody has labelled; expected losses without task")
         return self
@@ -177,7 +191,7 @@ class Distill(TrainingOptions, Pass):
             turns.append(mixing.turn)
         if self.on_policy:
             turns.append(partial(self.on_policy.turn, student=state.model, ends=ends_of(state.model, state.tokenizer)))
-        with self.limited(compare.student, tables_too, MASKS.name in state.facts) as skipped:
+        with self.limited(state, compare.student, tables_too) as skipped:
             trained = sum(one.numel() for one in compare.student.parameters() if one.requires_grad)
             told = compare.train(self, state.workshop.step, "distill", self.validation_rows, turns)
         state.figures |= {**told, "trained_parameters": trained, "skipped": skipped}
@@ -185,18 +199,24 @@ class Distill(TrainingOptions, Pass):
             state.figures["mixture"] = mixing.figures()
 
     @contextmanager
-    def limited(self, student: nn.Module, tables_too: bool, masked: bool) -> Iterator[dict[str, str]]:
-        """Inside, what the options leave out of training stays as it is; yields the layers that can't be adapted."""
+    def limited(self, state: State, student: nn.Module, tables_too: bool) -> Iterator[dict[str, str]]:
+        """Inside, what the options leave out of training stays as it is, and what they round is rounded.
+
+        Yields the layers that can't be adapted or rounded, with the reason.
+        """
         from passes.distillation.adapters import adapted
+        from passes.quantization.rounded import on_grid
 
         if self.lora:
-            if masked:
+            if MASKS.name in state.facts:
                 raise TrainingError("distill: adapters would fill the zeros of a sparse model; expected no lora")
             with adapted(student, self.lora.rank, self.lora.alpha, self.seed) as skipped:
                 yield skipped
             return
-        with nullcontext() if tables_too else still_tables(student):
-            yield {}
+        with ExitStack() as opened:
+            if not tables_too:
+                opened.enter_context(still_tables(student))
+            yield opened.enter_context(on_grid(state, self.qat)) if self.qat else {}
 
 
 @contextmanager

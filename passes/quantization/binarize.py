@@ -57,11 +57,12 @@ class Binarize(TrainingOptions, Pass):
     def run(self, state: State) -> Iterator[State]:
         """Yield the state with its model packed; figures tell the stages, and sizes and operations as counted."""
         from compress.binary import binarize_, keeps_table, pack_
+        from compress.memory import stored_bytes
         from passes.distillation.compare import Comparison
 
         model = state.model
         reason = keeps_table(model) if self.embeddings else None
-        size = _bytes(model)
+        size = stored_bytes(model)
         binarize_(model, state.layout, self.method, self.embeddings and reason is None)
         losses, taught = self._losses(state), state
         stages: list[dict[str, Any]] = []
@@ -82,7 +83,7 @@ class Binarize(TrainingOptions, Pass):
             "loss_before": stages[-1]["loss_before"],
             "loss_after": stages[-1]["loss_after"],
             "skipped": {"embeddings": reason} if reason else {},
-            "stored_bytes": {"before": size, "after": _bytes(model)},
+            "stored_bytes": {"before": size, "after": stored_bytes(model)},
             "float_operations": {"before": whole, "after": left},
             "bit_operations": whole - left,
         }
@@ -107,11 +108,6 @@ class Binarize(TrainingOptions, Pass):
         with frozen(state.model), fitting(state.model):
             for batch in calibration(state.data, self.batch_size, self.batch_size):
                 state.model(**{name: part.to(state.model.device) for name, part in batch.items()})
-
-
-def _bytes(model: PreTrainedModel) -> int:
-    """What the weights take, on disk as in memory; matrices that are one count once."""
-    return sum(one.numel() * one.element_size() for one in model.parameters())
 
 
 def _operations(model: PreTrainedModel, inputs: dict[str, Any]) -> int:

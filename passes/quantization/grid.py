@@ -49,5 +49,6 @@ class Grid:
 
     def nearest(self, weight: Tensor) -> Tensor:
         """The matrix (out, in) with every weight at the nearest value of the grid."""
-        columns = [self.value(self.codes(column, index), index) for index, column in enumerate(weight.float().T)]
-        return torch.stack(columns, 1)
+        steps, zero = (part.repeat_interleave(self.group, 1)[:, : weight.shape[1]] for part in (self.scale, self.zero))
+        codes = (weight.float() / steps).round().add(zero).clamp(0, 2**self.bits - 1)
+        return (codes - zero) * steps

@@ -39,32 +39,40 @@ class Smoothquant(Pass):
     def run(self, state: State) -> Iterator[State]:
         """Yield the state with scales moved; figures tell how far the channels of each norm lay apart before."""
         import torch
-        from torch import nn
 
         from compress.layout import stored_dim
-        from passes.pruning.uniform.candidates import above_weight
 
         batches = list(calibration(state.data, self.samples, self.batch_size))
         readers, skipped = readers_of(state.model, batches[0])
         ranges = ranges_of(state.model, list(readers), batches)
         figures = {}
         for norm, names in readers.items():
-            module: Any = state.model.get_submodule(norm)
             layers: list[Any] = [state.model.get_submodule(name) for name in names]
-            along = [stored_dim(layer, 1) for layer in layers]
-            columns = [layer.weight.detach().abs().amax(1 - dim) for layer, dim in zip(layers, along, strict=True)]
+            columns = [layer.weight.detach().abs().amax(1 - stored_dim(layer, 1)) for layer in layers]
             scale = scales(ranges[norm], torch.stack(columns).amax(0), self.strength)
-            above = above_weight(module)
-            module.weight = nn.Parameter((module.weight.detach() + above) / scale - above, module.weight.requires_grad)
-            if getattr(module, "bias", None) is not None:
-                module.bias = nn.Parameter(module.bias.detach() / scale, module.bias.requires_grad)
-            for layer, dim in zip(layers, along, strict=True):
-                wide = scale[None, :] if dim == 1 else scale[:, None]
-                layer.weight = nn.Parameter(layer.weight.detach() * wide, layer.weight.requires_grad)
+            hand_over_(state.model, norm, names, scale)
             after = ranges[norm] / scale
             figures[norm] = {"before": spread(ranges[norm]), "after": spread(after)}
         state.figures = {"norms": len(readers), "outliers": figures, "skipped": skipped}
         yield state
+
+
+def hand_over_(model: PreTrainedModel, norm: str, readers: Sequence[str], scale: Tensor) -> None:
+    """Divide what a norm gives by `scale` (channels,) and multiply what its readers make of it, in place."""
+    from torch import nn
+
+    from compress.layout import stored_dim
+    from passes.pruning.uniform.candidates import above_weight
+
+    module: Any = model.get_submodule(norm)
+    above = above_weight(module)
+    module.weight = nn.Parameter((module.weight.detach() + above) / scale - above, module.weight.requires_grad)
+    if getattr(module, "bias", None) is not None:
+        module.bias = nn.Parameter(module.bias.detach() / scale, module.bias.requires_grad)
+    for name in readers:
+        layer: Any = model.get_submodule(name)
+        wide = scale[None, :] if stored_dim(layer, 1) == 1 else scale[:, None]
+        layer.weight = nn.Parameter(layer.weight.detach() * wide, layer.weight.requires_grad)
 
 
 def scales(activations: Tensor, weights: Tensor, strength: float) -> Tensor:
