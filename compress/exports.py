@@ -51,12 +51,15 @@ def export(
 ) -> tuple[list[Export], dict[str, str]]:
     """Run the plan's exporters, but for what is there already, and judge what isn't float32 any more.
 
-    Of those that choose among several, also told is what could not be made, and why.
+    Also told is what could not be made, and why: for a step that was dropped, or where several were to choose from.
     """
     made: list[Export] = []
     refused: dict[str, str] = {}
     for exporter, place in zip(run.plan.export, places([one.do for one in run.plan.export]), strict=True):
         if not isinstance(exporter.do, Fastest):
+            if lacking := {fact.name for fact in cast(Any, exporter.do).requires} - state.facts.keys():
+                refused[place] = f"needs '{min(lacking)}', which a step that was dropped would have given"
+                continue
             made.append(_export(run, leaf, state, exporter, home / place, card))
             continue
         candidates: Sequence[Any] = exporter.do.candidates(state)

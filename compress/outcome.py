@@ -91,7 +91,8 @@ def _branch(run: Run, leaf: Node, state: State) -> dict[str, Any]:
         earlier = run.state(shaped[-1])
         found = quality(run.folder(shaped[-1]), earlier.model, earlier)
         before = {name.replace("quality", BEFORE): one for name, one in found.items()}
-    pruned: dict[str, Any] = next((row["figures"] for row in rows[::-1] if "promised" in row["figures"]), {})
+    taken = [row["figures"] for row in rows if row["kept"]]
+    pruned: dict[str, Any] = next((figures for figures in taken[::-1] if "promised" in figures), {})
     return {
         "name": leaf.branch or "compressed",
         "promised_speedup": pruned.get("promised"),
