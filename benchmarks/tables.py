@@ -189,6 +189,21 @@ def artifacts(found: Figures) -> Iterator[str]:
         )
 
 
+def exporters(found: Figures) -> Iterator[str]:
+    """Every exporter on models of every kind; times compare within a runtime alone."""
+    whole = {(row["model"], row["kind"]): row.get("milliseconds") for row in found["rows"] if row["quantize"] == "none"}
+    yield "| model | exporter | weights | MB | speed of its runtime's float32 | worst error |"
+    yield "|---|---|---|---|---|---|"
+    for row in found["rows"]:
+        told = f"| {row['model']} | {row['kind']} | {row['quantize'].replace('none', '-')} | "
+        if "refused" in row:
+            yield f"{told}refused: {' '.join(row['refused'].split())} | | |"
+            continue
+        beside = whole[row["model"], "huggingface" if row["kind"] == "compressed_tensors" else row["kind"]]
+        speed = "not timed" if row["milliseconds"] is None else f"{beside / row['milliseconds']:.2f}x"
+        yield f"{told}{row['bytes'] / 1e6:.1f} | {speed} | {row['worst_error']:.2g} |"
+
+
 def oneshot(found: Figures) -> Iterator[str]:
     """Zeros without recovery: ways by patterns."""
     dense = interval(*(found["dense"][name] for name in ("perplexity", "low", "high")), 2)
@@ -239,6 +254,11 @@ SUITES: dict[str, tuple[str, Callable[[Figures], Iterator[str]]]] = {
     "recovery-draft-stories15m": ("stories15M without blocks as the draft of its whole self", drafts),
     "quantization-weights": ("stories15M with the weights of its blocks in few bits: GPTQ against rounding", weights),
     "quantization-artifacts": ("MiniLM-L6 in ONNX Runtime by precision, each artifact judged by itself", artifacts),
+    "quantization-exporters-stories15m": (
+        "Every exporter on MiniLM-L6 pruned and folded, and stories15M pruned and in 4 bits, unrecovered",
+        exporters,
+    ),
+    "quantization-exporters-smollm2": ("The same with SmolLM2-135M", exporters),
     "sparse-oneshot-stories15m": ("stories15M with half of its weights zero, by several ways, in one go", oneshot),
     "sparse-oneshot-smollm2": ("SmolLM2-135M with half of its weights zero, by several ways, in one go", oneshot),
     "sparse-encoder": ("SST-2: MiniLM-L6 made sparse in stages by oBERT", sparse_encoder),

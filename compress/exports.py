@@ -1,8 +1,7 @@
-"""What leaves a branch: its artifacts, each with its own speed and quality, and whether it is worth having.
+"""What leaves a branch: its artifacts, each judged by itself where it is another model than the branch's.
 
 The figures of a branch are its model's, in float32. An artifact of lower precision is another model: its quality is
-taken through its own runtime, and its speed in the same rounds as the others'. One that was asked to pay, and doesn't,
-is put aside in the run's cache; its figures stay in the report.
+taken through its own runtime. Where a plan leaves the choice, several are made, and what can't be made is told.
 """
 
 from __future__ import annotations
@@ -10,29 +9,36 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from compress import store
 from compress.contract import FLOAT
+from compress.errors import ExportError, TargetError
 from compress.evaluate import evaluate
 from compress.evaluate.opened import Opened
-from compress.measure import Timing, speedup
 from compress.plan import Node
+from compress.plan.steps import Named
 from compress.progress import say
 from compress.runner import Run, digest, remembered
-from compress.runtimes import RUNTIMES, Artifact, open_artifact
+from compress.runtimes import RUNTIMES, Artifact, open_artifact, runtime_of
 from compress.state import State
+from compress.verdict import Fastest
 
 
 @dataclass(frozen=True)
 class Export:
-    """An artifact that was made: its exporter's options, where it is remembered, and its row in the report."""
+    """An artifact that was made: its exporter's options, where it is remembered, and its row in the report.
+
+    It is to lie at `home`; one of several was made for the `chooser` in the plan.
+    """
 
     options: Any
     memory: Path
+    home: Path
     row: dict[str, Any]
+    chooser: Named | None = None
 
     @property
     def path(self) -> Path:
@@ -40,21 +46,57 @@ class Export:
         return Path(self.row["path"])
 
 
-def export(run: Run, leaf: Node, state: State, home: Path, card: Mapping[str, Any]) -> list[Export]:
-    """Run the plan's exporters, but for what is there already, and judge what isn't float32 any more."""
-    made = []
-    for exporter, place in zip(run.plan.export, places(run.plan.export), strict=True):
-        folder, options = home / place, cast(Any, exporter.do)
-        memory = run.cache / "artifacts" / f"{digest([run.key(leaf), exporter.key_material(), str(folder)])}.json"
-        if memory.exists() and not Artifact(**remembered(memory, dict)).intact():
-            memory.unlink()
-        if not memory.exists():
-            say(f"exporting {exporter.name} to {folder}")
-            store.write_json(memory, asdict(options.run(state, folder, card)))
-        row = remembered(memory, dict)
-        scores = {key: card[key] for key in ("quality", "quality_interval")}
-        made.append(Export(options, memory, row | (scores if row["precision"] == FLOAT else _judged(run, row, state))))
-    return made
+def export(
+    run: Run, leaf: Node, state: State, home: Path, card: Mapping[str, Any]
+) -> tuple[list[Export], dict[str, str]]:
+    """Run the plan's exporters, but for what is there already, and judge what isn't float32 any more.
+
+    Also told is what could not be made, and why: for a step that was dropped, or where several were to choose from.
+    """
+    made: list[Export] = []
+    refused: dict[str, str] = {}
+    for exporter, place in zip(run.plan.export, places([one.do for one in run.plan.export]), strict=True):
+        if not isinstance(exporter.do, Fastest):
+            if lacking := {fact.name for fact in cast(Any, exporter.do).requires} - state.facts.keys():
+                refused[place] = f"needs '{min(lacking)}', which a step that was dropped would have given"
+                continue
+            made.append(_export(run, leaf, state, exporter, home / place, card))
+            continue
+        candidates: Sequence[Any] = exporter.do.candidates(state)
+        for one, inner in zip(candidates, places(candidates), strict=True):
+            candidate = Named(name=one.kind, do=one)
+            try:
+                made.append(_export(run, leaf, state, candidate, home / place / inner, card, exporter))
+            except (ExportError, TargetError) as error:
+                refused[inner] = str(error)
+    return made, refused
+
+
+def _export(
+    run: Run,
+    leaf: Node,
+    state: State,
+    exporter: Named,
+    folder: Path,
+    card: Mapping[str, Any],
+    chooser: Named | None = None,
+) -> Export:
+    """Run one exporter, or find what it left; of those to be chosen from, refuse what can't be timed on the target."""
+    options, chosen = cast(Any, exporter.do), [chooser.key_material()] if chooser else []
+    memory = run.cache / "artifacts" / f"{digest([run.key(leaf), exporter.key_material(), *chosen, str(folder)])}.json"
+    if memory.exists() and not Artifact(**remembered(memory, dict)).intact():
+        memory.unlink()
+    if not memory.exists():
+        say(f"exporting {exporter.name} to {folder}")
+        artifact = options.run(state, folder, card)
+        if chooser and not comparable(run, folder):
+            shutil.rmtree(folder)
+            raise ExportError(f"{exporter.name}: graphs have no key-value cache, which the target's requests are for")
+        store.write_json(memory, asdict(artifact))
+    row = remembered(memory, dict)
+    scores = {key: card[key] for key in ("quality", "quality_interval")}
+    row |= scores if row["precision"] == FLOAT else _judged(run, row, state)
+    return Export(options, memory, folder, row, chooser)
 
 
 def places(exporters: Sequence[Any]) -> list[str]:
@@ -62,45 +104,20 @@ def places(exporters: Sequence[Any]) -> list[str]:
     met: Counter[str] = Counter()
     found = []
     for exporter in exporters:
-        folder = exporter.do.folder
+        folder = exporter.folder
         met[folder] += 1
         found.append(folder if met[folder] == 1 else f"{folder}-{met[folder]}")
     return found
 
 
 def on_target(run: Run, path: Path) -> bool:
-    """Whether the target's runtime takes an artifact; one without its cache can't be compared with one that has it."""
-    runtime = RUNTIMES[run.plan.target.chosen]
-    return runtime.holds(path) and (runtime.generates(path) or not run.task.generates)
+    """Whether the target's runtime takes an artifact and can do with it what the target asks."""
+    return RUNTIMES[run.plan.target.chosen].holds(path) and comparable(run, path)
 
 
-def settle(
-    run: Run, made: Export, branch: Mapping[str, Any], times: Mapping[Path, Timing], whole: Path
-) -> dict[str, Any]:
-    """The row of an artifact in the report with its speed and its verdict; one that doesn't pay is put aside.
-
-    `whole` is the artifact of the branch's model in float32. The dense model's is the first in `times`.
-    """
-    row, timing = {**made.row, "kept": True, "reason": ""}, times.get(made.path)
-    if timing is not None:
-        value, low, high = speedup(next(iter(times.values())), timing)
-        row |= {"milliseconds": timing.milliseconds}
-        row |= {"measured_speedup": value, "measured_low": low, "measured_high": high}
-    if made.options.keep_if is None:
-        return row
-    metric = next((name for name in run.task.metrics if name in branch["quality"]), run.task.metric)
-    scores = branch["quality"].get(metric), row["quality"].get(metric)
-    ratio = None if timing is None else speedup(times[whole], timing).value
-    row["kept"], row["reason"] = made.options.keep_if.verdict(ratio, metric, scores, run.task.lower_is_better)
-    aside = run.cache / "rejected" / made.memory.stem
-    if not row["kept"] and made.path != aside:
-        say(f"{made.path} is put aside: {row['reason']}")
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(made.path, aside)
-        row["path"] = str(aside)
-        store.write_json(made.memory, asdict(replace(Artifact.told(row), path=str(aside))))
-    return row
+def comparable(run: Run, path: Path) -> bool:
+    """Whether an artifact can be timed beside others: one without its cache is none for those that have it."""
+    return not run.task.generates or runtime_of(path).generates(path)
 
 
 def quality(folder: Path, model: Any, state: State, what: str = "the model") -> dict[str, Any]:

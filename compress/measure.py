@@ -84,6 +84,15 @@ def speedup(dense: Timing, candidate: Timing, seed: int = 0, draws: int = 2000) 
     return Ratio(dense.milliseconds / candidate.milliseconds, low, high)
 
 
+def apart(dense: Timing, candidate: Timing, seed: int = 0, draws: int = 2000) -> Ratio:
+    """The same for times of two calls of `measure`, such as those of two runtimes, whose rounds are no pairs."""
+    one, two = (
+        np.median(_drawn(np.asarray([timing.samples]), seed + place, draws)[0], axis=1)
+        for place, timing in enumerate((dense, candidate))
+    )
+    return Ratio(dense.milliseconds / candidate.milliseconds, *_interval(one / two))
+
+
 def quantised(times: np.ndarray) -> bool:
     """Whether most times are whole scheduler ticks: then they tell of the scheduler, not of the model."""
     ticks = times / TICK_MS

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,17 @@ from transformers import PreTrainedModel
 
 from compress import store
 from compress.contract import FLOAT, Part
+from compress.errors import CompressError
 from compress.evaluate import layer_similarity
-from compress.exports import Export, export, on_target, quality, settle
+from compress.exports import Export, export, on_target, quality
 from compress.families import layout_of
 from compress.measure import Timing, measure, speedup
 from compress.plan import Node
 from compress.progress import say
 from compress.runner import Run, digest, remembered
+from compress.runtimes import runtime_of
 from compress.runtimes.base import digest_of
+from compress.settle import settle
 from compress.state import State, dense_name
 from compress.target import Target, machine
 from compress.tasks import Task
@@ -38,22 +41,23 @@ def outcome(run: Run, leaves: Sequence[Node], out: Path, started: float) -> dict
     for leaf in leaves:
         state = run.state(leaf)
         branches.append(_branch(run, leaf, state))
-        made.append(export(run, leaf, state, out / leaf.branch if leaf.branch else out, branches[-1]))
+        exports, branches[-1]["refused"] = export(run, leaf, state, out / leaf.branch, branches[-1])
+        made.append(exports)
         wholes.append(_whole(run, leaf, state, made[-1]))
     baseline = run.state(leaves[0])  # where branches had dense models of their own, the first one's is the baseline
-    exported = [one.path for exports in made for one in exports if on_target(run, one.path)]
-    times = _timings(run, [baseline.dense_artifact(), *dict.fromkeys([*wholes, *exported])])
-    first = next(iter(times.values()))
+    times = _timings(run, baseline, wholes, branches, made)
+    here = times[run.plan.target.chosen]
+    first = next(iter(here.values()))
     for branch, exports, whole in zip(branches, made, wholes, strict=True):
-        ratio = speedup(first, times[whole])
+        ratio = speedup(first, here[whole])
         promised = branch["promised_speedup"]
         branch |= {
             "measured_speedup": ratio.value,
             "measured_low": ratio.low,
             "measured_high": ratio.high,
             "met": None if promised is None else ratio.value >= promised,
-            **_told(times[whole], run.plan.target),
-            "artifacts": [settle(run, one, branch, times, whole) for one in exports],
+            **_told(here[whole], run.plan.target),
+            "artifacts": settle(run, exports, branch, times, whole),
         }
     dense = baseline.dense.model
     stored = run.cache / "quality" / digest([run.root_key, baseline.dense.source])
@@ -87,7 +91,8 @@ def _branch(run: Run, leaf: Node, state: State) -> dict[str, Any]:
         earlier = run.state(shaped[-1])
         found = quality(run.folder(shaped[-1]), earlier.model, earlier)
         before = {name.replace("quality", BEFORE): one for name, one in found.items()}
-    pruned: dict[str, Any] = next((row["figures"] for row in rows[::-1] if "promised" in row["figures"]), {})
+    taken = [row["figures"] for row in rows if row["kept"]]
+    pruned: dict[str, Any] = next((figures for figures in taken[::-1] if "promised" in figures), {})
     return {
         "name": leaf.branch or "compressed",
         "promised_speedup": pruned.get("promised"),
@@ -113,14 +118,40 @@ def _whole(run: Run, leaf: Node, state: State, made: Sequence[Export]) -> Path:
     return folder
 
 
-def _timings(run: Run, artifacts: Sequence[Path]) -> dict[Path, Timing]:
-    """Time artifacts, the dense one first, in turn, in one process of the target's runtime."""
+def _timings(
+    run: Run, baseline: State, wholes: Sequence[Path], branches: Sequence[dict[str, Any]], made: Sequence[list[Export]]
+) -> dict[str, dict[Path, Timing]]:
+    """Times by runtime, each runtime's artifacts in one process, the dense model first, the target's runtime first.
+
+    Runtimes other than the target's are timed for what is to be chosen from alone; one that can't be is told.
+    """
+    target = run.plan.target
+    paths = {target.chosen: [*wholes, *(one.path for exports in made for one in exports if on_target(run, one.path))]}
+    for one in (one for exports in made for one in exports if one.chooser):
+        if (name := runtime_of(one.path).name) != target.chosen:
+            paths.setdefault(name, []).append(one.path)
+    times = {}
+    for name, artifacts in paths.items():
+        there = target.model_copy(update={"runtime": name})
+        try:
+            dense = replace(baseline, target=there).dense_artifact()
+            times[name] = _timed(run, there, [dense, *dict.fromkeys(artifacts)])
+        except CompressError as error:
+            if name == target.chosen:
+                raise
+            for branch in branches:
+                branch["refused"][name] = str(error)
+    return times
+
+
+def _timed(run: Run, target: Target, artifacts: Sequence[Path]) -> dict[Path, Timing]:
+    """Time artifacts of one runtime in turn, in one process."""
     digests = [digest_of(path) for path in artifacts]
-    stored = run.cache / "timings" / f"{digest([run.plan.target.fingerprint(), digests])}.json"
+    stored = run.cache / "timings" / f"{digest([target.fingerprint(), digests])}.json"
 
     def time_them() -> list[dict[str, Any]]:
-        say(f"measuring {len(artifacts)} artifacts on {run.plan.target.chosen}")
-        return [asdict(timing) for timing in measure(artifacts, run.plan.target)]
+        say(f"measuring {len(artifacts)} artifacts on {target.chosen}")
+        return [asdict(timing) for timing in measure(artifacts, target)]
 
     found = [Timing(**timing) for timing in remembered(stored, time_them)]
     return dict(zip(artifacts, found, strict=True))

@@ -18,7 +18,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from compress.layout import Layout
-from compress.runtimes.torch import uncached
+from compress.runtimes.torch import cache_argument, uncached
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def captured(
 
     hooks = [model.get_submodule(b).register_forward_pre_hook(remember(b), with_kwargs=True) for b in sorted(blocks)]
     was_training = model.training
-    kept = uncached(model) if cache is None else {"past_key_values": cache, "use_cache": True}
+    kept = uncached(model) if cache is None else {cache_argument(model): cache, "use_cache": True}
     try:
         with torch.no_grad():
             model.eval()(**given, **kept)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from compress.errors import TrainingError
@@ -40,5 +41,5 @@ def _anew(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call a block and let the backward pass call it again; without a cache, which that would lengthen twice."""
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    given = {name: None if name in ("past_key_values", "layer_past") else value for name, value in kwargs.items()}
+    given = {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()}
     return checkpoint(partial(forward, **given), *args, use_reentrant=False)

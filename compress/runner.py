@@ -35,6 +35,8 @@ from compress.processes import gather, leads
 from compress.progress import say
 from compress.state import State, Teacher, Workshop
 from compress.tasks import TASKS, Task, infer_task
+from compress.verdict import KeepIf
+from compress.worth import worth
 
 CACHE = ".cache"  # the folder, in that of the results, of all that a run stores
 WEIGHTS = ("*.safetensors", "config.json")
@@ -162,12 +164,24 @@ class Run:
                 "reason": "",
                 "figures": result.figures,
             }
+            if step.keep_if is not None and leads():
+                before = self.state(parents[0] if parents else None)
+                row |= self._verdict(step.keep_if, before, result)
+                result = result if row["kept"] else before
             if leads():
                 store.keep(result, self.folder(node), row)
             release()
             started = time.monotonic()
         if leads():
             shutil.rmtree(state.workshop.step, ignore_errors=True)
+
+    def _verdict(self, asked: KeepIf, before: State, after: State) -> dict[str, Any]:
+        """Whether what a step made is taken, why, and the figures it was told by, as they stand in its row."""
+        folder = after.workshop.step / "worth"
+        shutil.rmtree(folder, ignore_errors=True)
+        found = worth([exporter.do for exporter in self.plan.export], before, after, folder)
+        kept, reason = asked.verdict(found.ratio, found.metric, found.scores, self.task.lower_is_better)
+        return {"kept": kept, "reason": reason, "figures": {**after.figures, "worth": found._asdict()}}
 
 
 def remembered(path: Path, compute: Callable[[], Any]) -> Any:

@@ -57,7 +57,10 @@ class Target(Options):
 
     @property
     def chosen(self) -> str:
-        """The runtime meant: `auto` is ONNX Runtime on a CPU and torch on a GPU."""
+        """The runtime meant: `auto` is ONNX Runtime on a CPU and torch on a GPU.
+
+        Latency tables need one before there is an artifact; the export `auto` tries all of them in the end.
+        """
         if self.runtime != "auto":
             return self.runtime
         return "onnxruntime" if self.device == "cpu" else "torch"

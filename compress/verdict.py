@@ -1,10 +1,16 @@
-"""When an artifact of lower precision is worth having: what it must win and may lose, and the verdict in words."""
+"""When an artifact is worth having: what it must win and may lose, and the verdict in words."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from compress.contract import Options
+
+if TYPE_CHECKING:
+    from compress.state import State
 
 
 class KeepIf(Options):
@@ -40,3 +46,13 @@ class KeepIf(Options):
                 met = f"{after:.4g} against {before:.4g}"
             said.append(f"{metric} {met}, {self.max_drop:.3g} of it may be lost")
         return kept, "; ".join(said)
+
+
+class Fastest(Options):
+    """What is asked of several artifacts of one model, of which one stays: the fastest whose quality is kept."""
+
+    max_drop: float = Field(default=0.01, ge=0, description="headline score worse by this share at most")
+
+    def candidates(self, state: State) -> Sequence[Options]:
+        """The exporters to try for a model."""
+        raise NotImplementedError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,18 +11,25 @@ import pytest
 import torch
 import transformers
 import yaml
+from pydantic import ValidationError
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from compress.errors import ExportError, TargetError
 from compress.families import layout_of
+from compress.plan import Plan, Tables
+from compress.runner import Run, prepare
 from compress.runtimes import open_artifact
 from compress.runtimes.onnx import OnnxSession
 from compress.target import Target
 from compress.tasks import TASKS
 from exporters import EXPORTERS
+from exporters.base import Exporter
+from passes import PASSES
 from tests.conftest import TINY
+from tests.world import make_world
 
+ALONE = [name for name, cls in EXPORTERS.items() if issubclass(cls, Exporter)]  # the others leave it to these
 CARD = {
     "promised_speedup": 2.0,
     "parameters": 12345,
@@ -91,7 +99,7 @@ def test_model_card_tells_the_plan_and_no_path(state, tmp_path):
     assert "somewhere" not in text
 
 
-@pytest.mark.parametrize("name", EXPORTERS)
+@pytest.mark.parametrize("name", ALONE)
 def test_unwritable_place_is_an_export_error(name, state, tmp_path):
     blocked = tmp_path / "file"
     blocked.touch()
@@ -100,7 +108,7 @@ def test_unwritable_place_is_an_export_error(name, state, tmp_path):
     assert blocked.is_file()
 
 
-@pytest.mark.parametrize("name", EXPORTERS)
+@pytest.mark.parametrize("name", ALONE)
 def test_foreign_folders_are_left_alone(name, state, tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").touch()
@@ -149,3 +157,32 @@ def test_missing_onnxruntime_names_what_to_install(state, tmp_path, monkeypatch)
     with pytest.raises(TargetError, match="pip install 'hf-compress'"):
         EXPORTERS["onnx"]().run(state, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_openvino_gives_back_what_costs_too_much(tmp_path):
+    make_world(tmp_path)
+    data = {"source": str(tmp_path / "reviews.txt"), "validation_rows": 16}
+    plan = {"model": str(tmp_path / "my-encoder"), "data": data, "passes": ["calibrate"], "export": []}
+    state = Run(Plan.read(plan, Tables(PASSES, EXPORTERS)), prepare(tmp_path / "out", fresh=False)).state(None)
+    loose, strict = (
+        EXPORTERS["openvino"](quantize="int8_accuracy", max_drop=drop, samples=4).run(state, tmp_path / f"{drop}")
+        for drop in (0.5, 1e-7)
+    )
+    assert (loose.precision, loose.figures["score_before"]) == ("int8_accuracy", pytest.approx(1))
+    assert min(loose.figures["scores_tried"]) < 1 - 1e-7
+    assert len(strict.figures["scores_tried"]) > len(loose.figures["scores_tried"])
+    less, all_of_them = (
+        (Path(one.path) / "openvino_model.xml").read_text().count('type="FakeQuantize"') for one in (strict, loose)
+    )
+    assert less < all_of_them
+    assert strict.worst_error < loose.worst_error
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"group": 8}, "'group' is for quantize: int4"), ({"max_drop": 0.1}, "'max_drop' is for quantize: int8_accuracy")],
+)
+def test_openvino_refuses_options_of_another_precision(options, message):
+    with pytest.raises(ValidationError, match=message):
+        EXPORTERS["openvino"](quantize="int8", **options)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from compress.errors import LayoutError
 from compress.families import layout_of
 from compress.layout import Layout, record_of
+from compress.runtimes.torch import cache_argument
 from tests.conftest import GENERATING, TINY, answer, precise
 
 
@@ -145,7 +146,7 @@ def test_stepping_with_a_cache_and_no_positions_equals_one_call() -> None:
     with torch.no_grad():
         whole = model(ids).logits
         first = model(ids[:, :5], use_cache=True)
-        rest = model(ids[:, 5:], past_key_values=first.past_key_values).logits
+        rest = model(ids[:, 5:], **{cache_argument(model): first[cache_argument(model)]}).logits
     same(torch.cat([first.logits, rest], dim=1), whole)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 import subprocess
 import sys
@@ -12,15 +13,16 @@ import onnx_ir
 import onnxruntime
 import pytest
 import torch
+from transformers import Cache
 
 from compress.errors import ExportError, TargetError
 from compress.families import layout_of
 from compress.runtimes import RUNTIMES, example_inputs, open_artifact, runtime_of
 from compress.runtimes.onnx import OnnxRuntime
-from compress.runtimes.torch import uncached
+from compress.runtimes.torch import cache_argument, uncached
 from compress.runtimes.tracing import DYNAMIC, widened
 from compress.target import Target
-from tests.conftest import TINY
+from tests.conftest import GENERATING, TINY
 
 QUICK = ("bert", "llama", "gpt2", "vit")  # one of each kind; the rest of the table takes minutes
 FAMILIES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in TINY]
@@ -66,7 +68,7 @@ def test_onnx_equals_torch_on_other_shapes(name, tmp_path):
         assert value.shape[: len(names)] == list(names)
     assert_same(session, model, tiny.example(3, 14))
     assert_same(session, model, tiny.example(1, 6))
-    assert not any("past_key_values" in output for output in session.outputs)
+    assert not any("." in output for output in session.outputs)  # as the parts of a cache have
     assert session(session.example(2, 7)).keys() == set(session.outputs)
     if name == "bert":
         assert_no_slow_norm_comes_back(tmp_path)
@@ -185,3 +187,13 @@ def test_cuda_without_a_gpu_is_an_error(tmp_path):
         TORCH.open(tmp_path, Target(device="cuda"))
     with pytest.raises(TargetError, match="CUDAExecutionProvider"):
         OnnxRuntime().open(tmp_path / "model.onnx", Target(device="cuda"))
+
+
+@pytest.mark.parametrize("name", GENERATING)
+def test_a_cache_is_given_by_the_name_it_comes_back_with(name):
+    model, inputs = TINY[name].build(), TINY[name].example(2, 9)
+    kept = cache_argument(model)
+    with torch.no_grad():
+        cache = model(**inputs, use_cache=True)[kept]
+    assert isinstance(cache, Cache)
+    assert kept in inspect.signature(model.forward).parameters

@@ -227,6 +227,9 @@ def contradictions(
         if refusal := do.refusal(count):
             text = f"follows {count} step{'s' if count > 1 else ''}, but {link.step.name} {refusal}"
             tell(("passes", link.number[0], "after"), "merges", text)
+        if link.step.keep_if and (count > 1 or len(do.branches) > 1):
+            text = "is for a step that follows one model and makes one; expected none beside this one"
+            tell(("passes", link.number[0], "keep_if"), "keep_if", text)
         facts = frozenset.intersection(*(known[parent] for parent in parents)) if parents else GIVEN
         lost = {fact: by for parent in parents for fact, by in spoiled[parent].items()}
         for fact in sorted(do.requires - facts, key=lambda fact: fact.name):
@@ -238,14 +241,15 @@ def contradictions(
             tell(path, "format", f"touches {touched}, but {by} has fixed the number format; expected it before {by}")
         facts |= do.requires  # a missing fact is told once, where it is first missed
         stale = stale_after(do, facts)
-        known.append((facts - stale) | do.provides)
+        known.append((facts - stale) | (do.provides if link.step.keep_if is None else frozenset()))
         spoiled.append({**lost, **dict.fromkeys(stale, index)})
         fixed.append(index if format_by is None and do.touches & Part.FORMAT else format_by)
     followed_on = {(end, link.number[0]) for link in links for ends in link.follows for end in ends}
     inner = {end for end, by in followed_on if links[end].number[0] != by or not links[end].ends}
     final = [facts for index, facts in enumerate(known) if index not in inner]
+    offered = {fact for link in links if link.step.keep_if for fact in link.step.do.provides}
     for index, (name, needed) in enumerate(exports):
-        for fact in sorted(needed, key=lambda fact: fact.name):
+        for fact in sorted(needed - offered, key=lambda fact: fact.name):
             if not all(fact in facts for facts in final):
                 givers = " or ".join(_givers(links, fact, passes))
                 text = f"needs '{fact.name}' ({fact.meaning}) of what leaves; expected {givers} as the last step"
@@ -271,6 +275,8 @@ def _missing(
         if links[spoiler].number[0] == mine[0] and links[spoiler].number >= mine:
             return f"{needs}, which {by} makes stale for the next target; expected {giver} in the gradual step"
         return f"{needs}, which {by} has made stale; expected {giver} again between {by} and it"
+    if unsure := next((link for link in links[:index] if link.step.keep_if and fact in link.step.do.provides), None):
+        return f"{needs}, which {unsure.place} gives only where it is kept; expected no keep_if beside that"
     late = next((link for link in links[index + 1 :] if fact in link.step.do.provides), None)
     if late is not None:
         return f"{needs}, which {late.place} gives too late; expected {late.step.name} before it"

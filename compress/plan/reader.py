@@ -13,8 +13,10 @@ from compress.errors import nearest
 from compress.plan.source import Path, Source
 from compress.plan.steps import GRADUAL, Gradual, Stages, Step, takes, unfit
 from compress.target import Target
+from compress.verdict import KeepIf
 
 KEYS = ("model", "task", "data", "target", "passes", "export", "out")
+BESIDE = ("id", "after", "keep_if")
 DEFAULT_EXPORT = ["huggingface", "onnx"]
 Built = TypeVar("Built", bound=BaseModel)
 
@@ -61,7 +63,7 @@ def _named(source: Source, items: Any, table: Mapping[str, type[Any]], place: Pa
 
     It is a gradual step, or the fields of a plain one.
     """
-    kind, beside = ("exporter" if place == ("export",) else "pass"), (("id", "after") if place == ("passes",) else ())
+    kind, beside = ("exporter" if place == ("export",) else "pass"), (BESIDE if place == ("passes",) else ())
     known = [*table, GRADUAL] if beside else list(table)
     if not isinstance(items, list):
         source.blame(place, f"{_met(items)}; expected a list, each line starting with '- '")
@@ -89,6 +91,8 @@ def _named(source: Source, items: Any, table: Mapping[str, type[Any]], place: Pa
             source.blame((*path, stray), f"unknown key beside the {kind} {name}; {deeper}")
         extra = {other: _beside(source, other, fields[other], (*path, other)) for other in beside if other in fields}
         if name not in table:
+            if extra.pop("keep_if", None) is not None:
+                source.blame((*path, "keep_if"), "is for a pass; expected none beside a gradual step")
             yield _gradual(source, fields[name], extra, table, (*path, name))
             continue
         do = _build(source, table[name], fields[name], (*path, name))
@@ -135,7 +139,9 @@ def _filled(source: Source, stages: Stages, target: Any, table: Mapping[str, typ
 
 
 def _beside(source: Source, key: str, value: Any, path: Path) -> Any:
-    """The value of `id:` or `after:`, with one name taken for a list of one."""
+    """The value of `id:`, `after:` or `keep_if:`, with one name taken for a list of one."""
+    if key == "keep_if":
+        return _build(source, KeepIf, value, path)
     names = [value] if key == "id" or isinstance(value, str) else value
     wrong = [name for name in names if not isinstance(name, str)] if isinstance(names, list) else [value]
     if wrong:

@@ -12,6 +12,7 @@ from compress.plan.reader import DEFAULT_EXPORT, Tables
 from compress.plan.steps import FILLED, GRADUAL, Stages
 from compress.target import Target
 from compress.tasks import TASKS
+from compress.verdict import KeepIf
 
 ID = {"type": "string", "pattern": r"^\w[\w.-]*$", "description": "a name that a later step's `after` can give"}
 AFTER = {
@@ -48,7 +49,7 @@ def schema(tables: tuple[Any, Any]) -> dict[str, Any]:
 def _passes(table: Mapping[str, type[BaseModel]], shared: dict[str, Any]) -> Any:
     """The list of passes, a gradual step among them, whose own passes are given no speed-ups."""
     beside = {"id": ID, "after": AFTER}
-    passes = _list("passes", table, beside, shared)
+    passes = _list("passes", table, {**beside, "keep_if": _options("keep_if", KeepIf, shared)}, shared)
     stages = _options(GRADUAL, Stages, shared)
     shared[GRADUAL]["properties"]["passes"] |= _list(f"{GRADUAL}.passes", table, {}, shared, filled=FILLED)
     passes["items"]["anyOf"].append(_form(GRADUAL, stages, beside))

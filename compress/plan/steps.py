@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from compress.contract import Options, Pass
+from compress.verdict import KeepIf
 
 GRADUAL: Literal["gradual"] = "gradual"
 FILLED = "speedups"  # the option that a gradual step fills in, unless it raises the share of zeros
@@ -76,9 +77,20 @@ class Placed(BaseModel):
 
 
 class Step(Placed, Named):
-    """A pass in a plan."""
+    """A pass in a plan; with `keep_if` its model is taken only where it pays, and else the one before goes on."""
 
     do: InstanceOf[Pass]
+    keep_if: KeepIf | None = None
+
+    def key_material(self) -> str:
+        """Everything of this step that its result depends on, as JSON for a cache key."""
+        asked = self.keep_if.model_dump_json() if self.keep_if else ""
+        return super().key_material() + asked
+
+    def beside(self) -> dict[str, Any]:
+        """What stands beside the options in YAML."""
+        asked = {"keep_if": self.keep_if.model_dump(exclude_defaults=True)} if self.keep_if else {}
+        return {**super().beside(), **asked}
 
     def written(self) -> Any:
         """The step as it stands in a YAML plan, without what is at its default."""

@@ -114,12 +114,24 @@ def artifacts(report: Report) -> str:
     rows = [
         (
             branch.name, one.kind, one.precision, one.path, wording.scaled(one.bytes, "B"),
-            wording.latency(one.milliseconds), wording.speed(one),
+            wording.latency(one.milliseconds), wording.speed(one), wording.origin(one),
             wording.scored(one, metric) if metric else wording.ABSENT,
             wording.error(one.worst_error), wording.stay(one), one.sha256,
         )
         for branch in report.branches
         for one in branch.artifacts
     ]  # fmt: skip
-    head = ("model", "kind", "weights", "path", "size", "latency", "speed-up", metric or "quality", "worst error", "")
+    head = (
+        "model",
+        "kind",
+        "weights",
+        "path",
+        "size",
+        "latency",
+        "speed-up",
+        "made of",
+        metric or "quality",
+        "worst error",
+        "",
+    )
     return table((*head, "sha256"), rows)

@@ -63,6 +63,14 @@ class Speed(Record):
         return self.measured_low, self.measured_high
 
 
+class Factors(Record):
+    """What a speed-up against the dense model in the target's runtime is the product of."""
+
+    runtime: float = Field(gt=0, description="the dense model in the artifact's runtime")
+    structure: float = Field(gt=0, description="the branch's model in float32 against the dense one, there")
+    precision: float = Field(gt=0, description="the artifact against the branch's model in float32, there")
+
+
 class Artifact(Speed):
     """A file or folder that leaves the run, compared with its model, and judged by itself, in its own runtime."""
 
@@ -73,7 +81,9 @@ class Artifact(Speed):
     worst_error: float | None = Field(None, ge=0, description="largest difference of an output; 0: equal to the bit")
     precision: str = Field(FLOAT, description="number format of its weights")
     figures: Figures = Field(default_factory=Figures, description="what its exporter tells of it")
-    milliseconds: float | None = Field(None, gt=0, description="median latency; null off the target's runtime")
+    runtime: str | None = Field(None, description="what it was timed in")
+    milliseconds: float | None = Field(None, gt=0, description="median latency; null where it was not timed")
+    factors: Factors | None = Field(None, description="what the speed-up is made of")
     kept: bool = Field(True, description="whether it paid, where that was asked")
     reason: str | None = Field(None, description="why it was kept or put aside")
 
@@ -137,6 +147,7 @@ class Branch(Measured, Speed):
         {}, description="block, by its dense name -> linear CKA of its output with the dense block's; null: constant"
     )
     artifacts: list[Artifact] = []
+    refused: dict[str, str] = Field({}, description="what was tried and could not be made or timed -> the reason")
     steps: list[Step] = []
     axes: list[Axis] = []
 

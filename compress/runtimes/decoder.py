@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from compress.errors import ExportError
+from compress.runtimes.torch import cache_argument
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PAST, PRESENT = "past_key_values", "present"
-LEAF = re.compile(r"(?:(?:input|output)\.)?past_key_values\.layers\.(\d+)\.(key|value)s")
+LEAF = re.compile(r"(?:(?:input|output)\.)?(?:past_key_values|cache)\.layers\.(\d+)\.(key|value)s")
 
 
 def midway(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -37,17 +38,17 @@ def midway(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> dict[str, An
     import torch
     from transformers import DynamicCache
 
-    taken = inspect.signature(model.forward).parameters
-    if PAST not in taken or model.config.is_encoder_decoder or not model.can_generate():
+    taken, kept = inspect.signature(model.forward).parameters, cache_argument(model)
+    if kept not in taken or model.config.is_encoder_decoder or not model.can_generate():
         raise ExportError(f"onnx: {type(model).__name__} generates no text with a cache; expected cache: false")
     ids, cache = inputs["input_ids"], DynamicCache()
     past = ids.shape[1] // 2
     with torch.no_grad():
-        model(input_ids=ids[:, :past], past_key_values=cache, use_cache=True)
+        model(input_ids=ids[:, :past], use_cache=True, **{kept: cache})
     given: dict[str, Any] = {"input_ids": ids[:, past:], "attention_mask": torch.ones_like(ids)}
     if "position_ids" in taken:
         given["position_ids"] = torch.arange(past, ids.shape[1]).repeat(len(ids), 1)
-    return {**given, PAST: cache, "use_cache": True}
+    return {**given, kept: cache, "use_cache": True}
 
 
 def open_dimensions(model: PreTrainedModel, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,8 +59,9 @@ def open_dimensions(model: PreTrainedModel, given: Mapping[str, Any]) -> dict[st
 
     register_cache_pytrees_for_model(model)
     texts = [name for name in given if name.endswith(("ids", "mask"))]
-    past = [{0: Dim.DYNAMIC, 2: Dim.DYNAMIC} for _ in pytree.tree_leaves(given[PAST])]
-    return {**{name: {0: Dim.DYNAMIC, 1: Dim.DYNAMIC} for name in texts}, PAST: past}
+    kept = cache_argument(model)
+    past = [{0: Dim.DYNAMIC, 2: Dim.DYNAMIC} for _ in pytree.tree_leaves(given[kept])]
+    return {**{name: {0: Dim.DYNAMIC, 1: Dim.DYNAMIC} for name in texts}, kept: past}
 
 
 def name_cache(graph: ir.Graph) -> dict[str, tuple[str, ...]]:

@@ -47,15 +47,15 @@ class TorchSession(Session):
         """Run the prompt, then one token after another; like transformers' own `generate`, the last logits only."""
         import torch
 
-        taken = inspect.signature(self.model.forward).parameters
+        taken, kept = inspect.signature(self.model.forward).parameters, cache_argument(self.model)
         if self.model.config.is_encoder_decoder or not self.model.can_generate():
             raise TargetError(f"torch: {type(self.model).__name__} has no key-value cache to generate with")
         last = {"logits_to_keep": 1} if "logits_to_keep" in taken else {}
         new, cache, tokens = torch.as_tensor(prompt).to(self.model.device), None, []
         with torch.inference_mode():
             for _ in range(count):
-                outputs = self.model(input_ids=new, past_key_values=cache, use_cache=True, **last)
-                cache = outputs.past_key_values
+                outputs = self.model(input_ids=new, use_cache=True, **{kept: cache}, **last)
+                cache = outputs[kept]
                 new = outputs.logits[:, -1:].argmax(dim=-1)
                 tokens.append(new)
         return torch.cat(tokens, dim=1).cpu().numpy()
@@ -95,6 +95,14 @@ class TorchRuntime(Runtime):
         if architecture is None:
             raise TargetError(f"{path}/config.json: architectures names '{names[0]}'; expected a transformers class")
         return TorchSession(architecture.from_pretrained(path, dtype=getattr(torch, target.dtype)), target)
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """The name that a decoder's key-value cache has among its arguments and outputs: another from transformers 5.24 on.
+
+    That of the older versions stands for it where the model takes none.
+    """
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def uncached(model: PreTrainedModel) -> dict[str, bool]:
