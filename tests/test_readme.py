@@ -49,7 +49,9 @@ def test_the_python_blocks_run_one_after_another(world: Path, monkeypatch: pytes
     assert shared["hidden"].shape[::2] == (2, 32)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("text", blocks("plan"), ids=["branches", "gradual", "precision", "losses", "cached", "sparse"])
+@pytest.mark.parametrize(
+    "text", blocks("plan"), ids=["branches", "gradual", "precision", "losses", "cached", "sparse", "packed"]
+)
 def test_the_plan_is_fit_and_the_commands_about_it_run(text: str, world: Path) -> None:
     (world / "plan.yaml").write_text(text)
     for command in ("check plan.yaml", "explain plan.yaml", "explain plan.yaml --mermaid", "schema", "doctor"):
@@ -60,7 +62,9 @@ def test_the_plan_is_fit_and_the_commands_about_it_run(text: str, world: Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("text", blocks("plan"), ids=["branches", "gradual", "precision", "losses", "cached", "sparse"])
+@pytest.mark.parametrize(
+    "text", blocks("plan"), ids=["branches", "gradual", "precision", "losses", "cached", "sparse", "packed"]
+)
 def test_the_plan_runs(text: str, world: Path, tmp_path: Path) -> None:
     (world / "plan.yaml").write_text(text)
     words = [sys.executable, "-m", "compress.cli", "run", "plan.yaml", "--out", str(tmp_path / "out")]
