@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from compress import checkpoint
 from compress.contract import MASKS, Part, stale_after
-from compress.errors import LayoutError
+from compress.errors import LayoutError, TargetError
 from compress.families import layout_of
 from compress.layout import record_of
 from compress.plan import Plan, Tables
+from compress.runtimes import open_artifact
 from compress.sparse.modules import SparseLinear
+from compress.target import Target
 from exporters import EXPORTERS
+from exporters.onnx import Onnx
 from passes import PASSES
 from passes.packing import gate
 from passes.packing.pack import Pack, in_runs
@@ -150,6 +157,67 @@ def test_a_file_whose_indices_point_outside_is_refused(key: str, tmp_path) -> No
     save_file(stored, file, metadata={"format": "pt"})
     with pytest.raises(LayoutError, match=r"encoder\.layer\.1\.output\.dense: "):
         type(state.model).from_pretrained(tmp_path / "saved")
+
+
+# ONNX.
+
+
+def exported(name: str, options: dict, folder, cache: bool = False):
+    """A packed tiny model and its artifact."""
+    state = sparse_state(name, folder)
+    state.dense.source = "dense"
+    (state,) = Pack(gain=0, **options, **QUICK).run(state)
+    return state, Onnx(cache=cache).run(state, folder / "made")
+
+
+@pytest.mark.parametrize("name", ["bert", "distilbert", "gpt2", "llama"])
+@pytest.mark.parametrize("options", WAYS, ids=lambda options: "-".join(options.values()))
+def test_an_artifact_of_a_packed_model_computes_the_same(name: str, options: dict, tmp_path) -> None:
+    state, made = exported(name, options, tmp_path, cache=TINY[name].generates)
+    assert made.worst_error < (0.05 if options["format"] == "blocks" else 1e-4)
+    graph = onnx.load(tmp_path / "made" / "model.onnx").graph
+    kind = {"blocks": "BlockSparseLinear", "bitmap": "BitmapSparseLinear"}[options["format"]]
+    ours = [node for node in graph.node if node.domain == "hf_compress"]
+    assert [node.op_type for node in ours] == [kind] * len(packed(state))
+    assert not any(one.as_node for one in packed(state).values())
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_stock_onnx_runtime_needs_the_library_alone(threads: int, tmp_path) -> None:
+    state, _ = exported("bert", {"format": "blocks"}, tmp_path)
+    folder = shutil.copytree(tmp_path / "made", tmp_path / "elsewhere")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    with pytest.raises(Exception, match="hf_compress"):
+        onnxruntime.InferenceSession(folder / "model.onnx", options)
+    options.register_custom_ops_library(str(folder / "libhf_compress.so"))
+    session = onnxruntime.InferenceSession(folder / "model.onnx", options)
+    inputs = TINY["bert"].example(3, 11)
+    feed = {entry.name: inputs[entry.name].numpy() for entry in session.get_inputs()}
+    met = torch.from_numpy(session.run(None, feed)[0])[inputs["attention_mask"].bool()].flatten()
+    torch.testing.assert_close(met, answer(state.model, inputs), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [("places", "past the inputs"), ("starts", "starts"), ("order", "an output"), ("bits", "bits"), ("bias", "bias")],
+)
+def test_a_graph_whose_indices_point_outside_is_refused(part: str, said: str, tmp_path) -> None:
+    exported("bert", {"format": "bitmap" if part == "bits" else "blocks"}, tmp_path)
+    file = tmp_path / "made" / "model.onnx"
+    graph = onnx.load(file)
+    node = next(node for node in graph.graph.node if node.domain == "hf_compress")
+    place = {"order": 1, "starts": 2, "places": 3, "bits": 1, "bias": 7}[part]
+    (held,) = (one for one in graph.graph.initializer if one.name == node.input[place])
+    array = onnx.numpy_helper.to_array(held).copy()
+    if part == "bias":
+        array = array[1:]
+    else:
+        array.reshape(-1)[-1] = -1 if part == "bits" else 12345
+    held.CopyFrom(onnx.numpy_helper.from_array(array, held.name))
+    onnx.save(graph, file)
+    with pytest.raises(TargetError, match=said):
+        open_artifact(tmp_path / "made", Target())
 
 
 def test_a_plan_knows_what_packing_needs_and_that_nothing_may_follow(tmp_path) -> None:

@@ -3,6 +3,9 @@
 It needs a C++ compiler (`CXX`, or the first of c++, g++ and clang++) and nothing else; no header of torch or of ONNX
 Runtime is read, so that one library serves every version of both. Where there is no compiler, the reference does the
 same in torch, and says so once.
+
+ONNX Runtime takes a library of its own, of the same sources: it runs products on the threads of the session, so it has
+none, and needs nothing but the C library of the machine that it is brought to.
 """
 
 from __future__ import annotations
@@ -16,10 +19,12 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from compress.errors import TargetError
 from compress.progress import say
 
 FOLDER = Path(__file__).parent / "kernels"
 FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-w")
+FOR_ONNX = (*(flag for flag in FLAGS if flag != "-fopenmp"), "-static-libstdc++", "-static-libgcc")
 PATHS = {"best": -1, "plain": 0, "avx2": 1, "avx512": 2}  # as kernels/sparse.h counts them
 
 LONG, POINTER = ctypes.c_long, ctypes.c_void_p
@@ -40,6 +45,14 @@ def kernels() -> ctypes.CDLL | None:
         *(POINTER, POINTER, POINTER, POINTER, ctypes.c_int, POINTER, POINTER),
     ]
     return library
+
+
+def onnx_library() -> Path:
+    """The file that ONNX Runtime's `register_custom_ops_library` takes; raises TargetError where it can't be had."""
+    try:
+        return built(cache_folder(), FOR_ONNX)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise TargetError(f"onnxruntime: packed layers need their kernels, which can't be compiled: {error}") from error
 
 
 def paths() -> list[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 Stored = Bitmap | Blocks  # formats that a layer can hold
 FORMATS: dict[str, type[Stored]] = {"bitmap": Bitmap, "blocks": Blocks}
+DOMAIN = "hf_compress"  # of the nodes in an ONNX graph that stand for packed layers
+NODES = {"bitmap": f"{DOMAIN}::BitmapSparseLinear", "blocks": f"{DOMAIN}::BlockSparseLinear"}
 
 
 class SparseLinear(nn.Module):
@@ -28,6 +31,7 @@ class SparseLinear(nn.Module):
 
     def __init__(self, packed: Stored, bias: Tensor | None) -> None:
         super().__init__()
+        self.as_node = False
         self.out_features, self.in_features = packed.shape
         self.format = packed.name
         for name, held in packed.tensors().items():
@@ -52,12 +56,31 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
+        if self.as_node:
+            held = [one for name, one in self.named_parameters(recurse=False)]  # the bias last, if there is one
+            shape = (*x.shape[:-1], self.out_features)
+            return torch.onnx.ops.symbolic(
+                NODES[self.format], (x, *held), {"inputs": self.in_features}, dtype=x.dtype, shape=shape, version=1
+            )
         product = getattr(torch.ops.hf_compress, f"{self.format}_linear")
         return product(x, *self.tensors(), self.bias)
 
     def extra_repr(self) -> str:
         """As a Linear tells of itself."""
         return f"in_features={self.in_features}, out_features={self.out_features}, format={self.format}"
+
+
+@contextmanager
+def as_nodes(model: nn.Module) -> Iterator[bool]:
+    """Inside, packed layers export to ONNX as nodes that our library computes; says whether there are any."""
+    layers = [module for module in model.modules() if isinstance(module, SparseLinear)]
+    try:
+        for layer in layers:
+            layer.as_node = True
+        yield bool(layers)
+    finally:
+        for layer in layers:
+            layer.as_node = False
 
 
 def pack_(model: PreTrainedModel, packed: Mapping[str, Stored]) -> None:
