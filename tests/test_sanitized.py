@@ -11,7 +11,15 @@ import pytest
 from compress.sparse.library import FOLDER
 
 FUZZ = Path(__file__).parent / "sanitized" / "fuzz.cpp"
-FLAGS = ("-std=c++17", "-g", "-O1", "-w", "-ffp-contract=off", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+FLAGS = (
+    "-std=c++17",
+    "-g",
+    "-O1",
+    "-w",
+    "-ffp-contract=off",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=all",
+)
 
 
 @pytest.mark.slow

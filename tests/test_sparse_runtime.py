@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 from dataclasses import replace
 
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from compress.errors import LayoutError
 from compress.sparse import library, ops
 from compress.sparse.formats import Bitmap, Blocks, Format, NOfM, round_rows
 from compress.sparse.library import FLAGS, built, kernels
-from compress.sparse.modules import SparseLinear
+from compress.sparse.modules import SparseLinear, as_nodes
 from compress.sparse.ops import bitmap_product, blocks_product, blocks_reference
 
 PATHS = library.paths()
@@ -286,6 +287,27 @@ def test_without_a_compiler_the_reference_runs_and_says_so_once(
     torch.testing.assert_close(met[0], expected)
     assert len(told) == 1
     assert "no C++ compiler found" in told[0]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("kind", ["bitmap", "bitmap16", "blocks"])
+def test_a_node_of_onnx_runtime_computes_what_the_operator_does(kind: str, threads: int, tmp_path) -> None:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.register_custom_ops_library(str(library.onnx_library()))
+    for outputs, inputs in ((1, 1), (7, 50), (65, 128), (70, 300), (130, 129)):
+        weight, bias = sparse(outputs, inputs, 0.3, 4 if kind == "blocks" else 1), draw(1, outputs)
+        packed = Blocks.pack(*round_rows(weight)) if kind == "blocks" else Bitmap.pack(weight)
+        layer = SparseLinear(Bitmap.pack(weight.bfloat16()) if kind == "bitmap16" else packed, bias).eval()
+        with as_nodes(layer), torch.no_grad():
+            rows = {"x": {0: torch.export.Dim("rows", min=1)}}
+            program = torch.onnx.export(layer, (draw(2, 3, inputs),), dynamo=True, dynamic_shapes=rows, verbose=False)
+        program.save(tmp_path / "node.onnx")
+        session = onnxruntime.InferenceSession(tmp_path / "node.onnx", options)
+        for count in (1, 2, 3, 4, 5, 8, 17, 40):
+            x = draw(count, count, inputs)
+            met = torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+            assert torch.equal(met, layer(x).detach())
 
 
 def test_a_path_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

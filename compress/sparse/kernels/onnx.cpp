@@ -6,6 +6,7 @@
 // refused there, and products follow them unasked.
 
 #include <cstring>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -146,9 +147,17 @@ struct BlockMatrix : Matrix {
         take_bias(t, 6);
     }
 
+    // The first product of few rows lays the blocks out for such.
     void multiply_by(const Product& product, const Runner& run) const override {
-        multiply(product, held, best_path(), run);
+        if (product.rows > FewRows::MOST || best_path() != WITH_AVX512)
+            return multiply(product, held, best_path(), run);
+        std::call_once(once, [&] { few = std::make_unique<FewRows>(held, inputs, outputs); });
+        multiply(product, held, *few, run);
     }
+
+  private:
+    mutable std::once_flag once;
+    mutable std::unique_ptr<FewRows> few;
 };
 
 struct BitmapMatrix : Matrix {

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <vector>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -36,7 +37,8 @@ Scratch scratch(long bytes);
 inline long rounded_up(long count, long step) { return (count + step - 1) / step * step; }
 inline long ceiling(long count, long step) { return (count + step - 1) / step; }
 
-constexpr long CHUNK = 64;  // outputs in a part
+constexpr long CHUNK = 64;           // outputs in a part
+constexpr int BLOCK = 4, SIDE = 4;   // inputs of a block; outputs whose blocks lie side by side
 
 struct Product {
     const float* x;  // (rows, inputs)
@@ -62,5 +64,17 @@ struct Bitmap {
     long entries;
 };
 
+// The blocks of a matrix laid out anew, for products of at most MOST rows; whoever keeps a matrix may keep it beside.
+struct FewRows {
+    static constexpr long MOST = 4;
+    std::vector<int32_t> starts;    // (groups + 1,) into the steps: sixteen outputs are a group
+    std::vector<uint16_t> segments; // (steps,): which 32 blocks of x a step looks into
+    std::vector<uint8_t> places;    // (steps, 16): which of them each output takes
+    std::vector<int8_t> codes;      // (steps, 16, 4)
+
+    FewRows(const Blocks& matrix, long inputs, long outputs);
+};
+
 void multiply(const Product& product, const Blocks& matrix, Path path, const Runner& run);
+void multiply(const Product& product, const Blocks& matrix, const FewRows& laid_out, const Runner& run);  // WITH_AVX512
 void multiply(const Product& product, const Bitmap& matrix, Path path, const Runner& run);
