@@ -231,6 +231,35 @@ def sparse_encoder(found: Figures) -> Iterator[str]:
         yield f"| {row['way']} | {100 * row['zeros']:.1f} % | {accuracy} | {100 * (row['accuracy'] - dense):+.2f} |"
 
 
+def kernels(found: Figures) -> Iterator[str]:
+    """Products that skip zeros, by shapes and rows, and where they begin to pay."""
+    peaks = found["peaks"]
+    yield (
+        f"One thread. Peaks of a core: {peaks['int8_gops']:.0f} int8 and {peaks['float32_gops']:.0f} float32 "
+        f"giga-operations a second in registers, copies of {peaks['copy_gbs']:.1f} GB/s. "
+        "[The roofline](results/sparse-kernels.svg)."
+    )
+    yield ""
+    yield (
+        "| kernel | zeros | inputs x outputs | rows | us, 10 to 90 % | best dense | its us | ratio | of the peak "
+        "| pays below density |"
+    )
+    yield "|---|---|---|---|---|---|---|---|---|---|"
+    evens = {(row["kernel"], row["inputs"], row["outputs"], row["rows"]): row["density"] for row in found["break_even"]}
+    for row in found["rows"]:
+        if row["density"] != {"blocks": 0.1, "bitmap": 0.3, "bitmap16": 0.3}[row["kernel"]]:
+            continue
+        even = evens[row["kernel"], row["inputs"], row["outputs"], row["rows"]]
+        peak = peaks["int8_gops" if row["kernel"] == "blocks" else "float32_gops"]
+        reached = row["operations"] / row["microseconds"] / 1e3 / peak
+        yield (
+            f"| {row['kernel']} | {100 * (1 - row['density']):.0f} % | {row['inputs']} x {row['outputs']} "
+            f"| {row['rows']} | {interval(row['microseconds'], row['low'], row['high'], 1)} | {row['rival']} "
+            f"| {row['ratio'] * row['microseconds']:.1f} | {row['ratio']:.2f} | {100 * reached:.0f} % "
+            f"| {'never' if even is None else f'{even:.2f}'} |"
+        )
+
+
 def cost(found: Figures) -> Iterator[str]:
     """What pruning and importing cost."""
     yield "| what | figure |"
@@ -262,6 +291,7 @@ SUITES: dict[str, tuple[str, Callable[[Figures], Iterator[str]]]] = {
     "sparse-oneshot-stories15m": ("stories15M with half of its weights zero, by several ways, in one go", oneshot),
     "sparse-oneshot-smollm2": ("SmolLM2-135M with half of its weights zero, by several ways, in one go", oneshot),
     "sparse-encoder": ("SST-2: MiniLM-L6 made sparse in stages by oBERT", sparse_encoder),
+    "sparse-kernels": ("Kernels that skip zeros against the best dense products", kernels),
     "cost": ("Cost of statistics, database and search, and of starting up", cost),
     "cost-mpnet": ("The same for MPNet-base, 109 M parameters", cost),
     "cost-smollm2": ("The same for SmolLM2-135M", cost),

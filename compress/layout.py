@@ -187,7 +187,7 @@ def record_of(config: Any) -> dict[str, Any]:
     """The record of cuts in a config: sizes of the cut axes and, per stack, the original index of each block.
 
     `linear`, where there is one, names the axes for which a Linear stands; `compress.stream` tells of a `stream`, and
-    `compress.binary` of what is `binary`, `compress.lowbit` of what is `lowbit`.
+    `compress.binary` of what is `binary`, `compress.lowbit` of what is `lowbit`, `compress.sparse` of what is `sparse`.
     """
     entry = getattr(config, "quantization_config", None)
     entry = entry if isinstance(entry, dict) or entry is None else entry.to_dict()  # an object while a model is loaded

@@ -22,6 +22,7 @@ from compress.layout import RECORD, VERSION, own_record, prefix_of
 from compress.linear import linearise
 from compress.lowbit import lowbit_, store_
 from compress.sharing import cure_, hollow_, tie_
+from compress.sparse import modules as sparse_modules
 from compress.stream import narrow_stream_
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class HfCompressConfig(QuantizationConfigMixin):
 
     Where blocks were folded, also which of them are `shared` and `cured`; `compress.sharing` tells of both.
     `linear` names the axes for which a Linear stands; a model that has had none lacks the entry. `compress.stream`
-    tells of `stream`, `compress.binary` of `binary`, `compress.lowbit` of `lowbit`.
+    tells of `stream`, `compress.binary` of `binary`, `compress.lowbit` of `lowbit`, `compress.sparse` of `sparse`.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class HfCompressConfig(QuantizationConfigMixin):
         stream: int | None = None,
         binary: Mapping[str, Any] | None = None,
         lowbit: Mapping[str, Any] | None = None,
+        sparse: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         if version != VERSION:
             raise LayoutError(
@@ -69,10 +71,12 @@ class HfCompressConfig(QuantizationConfigMixin):
             self.binary = dict(binary)
         if lowbit is not None:
             self.lowbit = dict(lowbit)
+        if sparse is not None:
+            self.sparse = {name: dict(told) for name, told in sparse.items()}
 
 
 class HfCompressQuantizer(HfQuantizer):
-    """Cuts the empty modules to the sizes in the record, so that the weights fit; binary ones become what they were."""
+    """Cuts the empty modules to the sizes in the record, so that weights fit; binary and sparse ones as they were."""
 
     is_trainable = True
     is_qat_trainable = True
@@ -86,7 +90,8 @@ class HfCompressQuantizer(HfQuantizer):
         record = self.quantization_config.to_dict()
         shared, cured = record.pop("shared", {}), record.pop("cured", {})
         linear, sizes = record.pop("linear", []), record.pop("sizes")
-        stream, binary, lowbit = (record.pop(name, None) for name in ("stream", "binary", "lowbit"))
+        apart = ("stream", "binary", "lowbit", "sparse")
+        stream, binary, lowbit, sparse = (record.pop(name, None) for name in apart)
         model.config.quantization_config = {**copy.deepcopy(record), "sizes": {}}
         layout, prefix = dense_layout(model), prefix_of(model)
         if stream is not None:
@@ -104,11 +109,14 @@ class HfCompressQuantizer(HfQuantizer):
         if lowbit is not None:
             lowbit_(model, layout, **lowbit)
             store_(model)
+        if sparse is not None:
+            sparse_modules.hollow_(model, sparse)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         from transformers import PreTrainedModel
 
         self.remove_quantization_config(model)
+        sparse_modules.refuse_broken(model)
         tie_(model, getattr(self.quantization_config, "shared", {}))
         for module in model.modules():
             if isinstance(module, PreTrainedModel):

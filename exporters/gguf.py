@@ -120,7 +120,7 @@ def _sizes(state: State) -> dict[str, list[int]]:
         for index in range(stack.length)
     ]
     sizes = {kind: [block[kind] for block in axes] for kind in ("heads", "columns")}
-    odd = sorted({"linear", "shared", "cured", "stream", "binary"} & record.keys())
+    odd = sorted({"linear", "shared", "cured", "stream", "binary", "sparse"} & record.keys())
     biased = any(name.endswith(".bias") for name, _ in state.model.named_parameters())
     rope, uneven = config.rope_parameters.get("rope_type", "default"), any(len(set(one)) > 1 for one in sizes.values())
     reasons = {

@@ -5,6 +5,7 @@ from passes.distillation.distill import Distill
 from passes.distillation.finetune import Finetune
 from passes.distillation.teach import Teach
 from passes.merging.merge import Merge
+from passes.packing.pack import Pack
 from passes.pruning.calibrate import Calibrate
 from passes.pruning.depth.drop_blocks import DropBlocks
 from passes.pruning.depth.fold import Fold
@@ -45,6 +46,7 @@ PASSES: dict[str, type[Pass]] = {
     "bitsandbytes": Bitsandbytes,
     "binarize": Binarize,
     "lowbit": Lowbit,
+    "pack": Pack,
     "self_data": SelfData,
     "select": Select,
     "teach": Teach,

@@ -51,7 +51,7 @@ def test_the_python_blocks_run_one_after_another(world: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize(
-    "text", blocks("plan"), ids=["branches", "gradual", "precision", "qat", "losses", "cached", "sparse"]
+    "text", blocks("plan"), ids=["branches", "gradual", "precision", "qat", "losses", "cached", "sparse", "packed"]
 )
 def test_the_plan_is_fit_and_the_commands_about_it_run(text: str, world: Path) -> None:
     (world / "plan.yaml").write_text(text)
@@ -64,7 +64,7 @@ def test_the_plan_is_fit_and_the_commands_about_it_run(text: str, world: Path) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "text", blocks("plan"), ids=["branches", "gradual", "precision", "qat", "losses", "cached", "sparse"]
+    "text", blocks("plan"), ids=["branches", "gradual", "precision", "qat", "losses", "cached", "sparse", "packed"]
 )
 def test_the_plan_runs(text: str, world: Path, tmp_path: Path) -> None:
     (world / "plan.yaml").write_text(text)

@@ -2,12 +2,16 @@
 
 Plain exports run at half the speed, so the graph is fused for the provider. The dynamic dimensions are named
 explicitly: the export is then twice as fast, and inputs that share a dimension share it in the graph as well.
+
+Packed layers are nodes of our own, for which a session is given our library. A folder has it beside the graph, for
+programs without hf-compress; here the machine's own is taken, never one that lies in an artifact.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FILE = "model.onnx"
+LIBRARY = "libhf_compress.so"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 INTEGERS = {"tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(bool)": np.bool_}
 
@@ -116,6 +121,8 @@ class OnnxRuntime(Runtime):
         from transformers.exporters import OnnxConfig, OnnxExporter
 
         from compress.runtimes.graph import forget_weights, name_dimensions, share_weights, split_skip_norms
+        from compress.sparse.library import onnx_library
+        from compress.sparse.modules import as_nodes
 
         if model.device.type != "cpu" or model.training:  # both would show in the graph
             model = copy.deepcopy(model).eval()
@@ -132,7 +139,8 @@ class OnnxRuntime(Runtime):
         reasons = []
         for config in configs:
             try:
-                with quiet(), contextlib.nullcontext() if cache else uncached_config(model):
+                plain = contextlib.nullcontext() if cache else uncached_config(model)
+                with quiet(), plain, as_nodes(model) as has_nodes:
                     exported = OnnxExporter().export(model, dict(given), config=config)
                     graph = exported.program.graph
                     split_skip_norms(graph)
@@ -141,6 +149,8 @@ class OnnxRuntime(Runtime):
                         name_dimensions(graph, decoder.name_cache(graph) if cache else DYNAMIC)
                     exported.save_pretrained(folder)
                     forget_weights(graph)
+                if has_nodes:
+                    shutil.copyfile(onnx_library(), folder / LIBRARY)
             except FAILURES as error:
                 reasons.append(
                     f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error) else ''}"
@@ -183,6 +193,8 @@ class OnnxRuntime(Runtime):
         import onnxruntime
         from onnxruntime.capi import onnxruntime_pybind11_state as raised
 
+        from compress.sparse.library import onnx_library
+
         provider = PROVIDERS[target.device]
         if provider not in (known := onnxruntime.get_available_providers()):
             raise TargetError(
@@ -195,6 +207,8 @@ class OnnxRuntime(Runtime):
         options.log_severity_level = 3
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         file = path / FILE if path.is_dir() else path
+        if has_our_nodes(file):
+            options.register_custom_ops_library(str(onnx_library()))
         try:
             return OnnxSession(onnxruntime.InferenceSession(str(file), options, providers=[provider]))
         except (
@@ -203,5 +217,20 @@ class OnnxRuntime(Runtime):
             raised.InvalidProtobuf,
             raised.NoSuchFile,
             raised.NotImplemented,
+            raised.RuntimeException,  # also what our own operators refuse
         ) as error:
             raise TargetError(f"{file}: ONNX Runtime can't open it: {error}") from error
+
+
+def has_our_nodes(file: Path) -> bool:
+    """Whether a graph has nodes that our library computes; a file that can't be read has none."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    from compress.sparse.modules import DOMAIN
+
+    try:
+        imports = onnx.load(file, load_external_data=False).opset_import
+    except (OSError, DecodeError):
+        return False
+    return any(entry.domain == DOMAIN for entry in imports)

@@ -1,0 +1,1 @@
+"""Matrices with zeros, stored without them, and products that skip them."""

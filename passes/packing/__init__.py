@@ -1,0 +1,1 @@
+"""Passes that store what is left of a matrix so that products with it are faster."""
