@@ -30,7 +30,13 @@ from tests.paper import state_of
 from tests.world import make_world
 
 WAYS = ({"format": "blocks"}, {"format": "bitmap"}, {"format": "bitmap", "values": "bfloat16"})
+FAMILIES = [(name, WAYS[0]) for name in TINY] + [(name, way) for name in ("bert", "gpt2", "llama") for way in WAYS[1:]]
+EXPORTED = [*(("bert", way) for way in WAYS), ("gpt2", WAYS[1]), ("llama", WAYS[0])]
 QUICK = {"seconds": 0.01}
+
+
+def told(case: object) -> str:
+    return "-".join(case.values()) if isinstance(case, dict) else str(case)
 
 
 def sparse_state(name: str, folder, block: int = 1):
@@ -44,8 +50,7 @@ def packed(state) -> dict[str, SparseLinear]:
     return {name: one for name, one in state.model.named_modules() if isinstance(one, SparseLinear)}
 
 
-@pytest.mark.parametrize("name", TINY)
-@pytest.mark.parametrize("options", WAYS, ids=lambda options: "-".join(options.values()))
+@pytest.mark.parametrize(("name", "options"), FAMILIES, ids=told)
 def test_a_packed_model_computes_the_same_and_loads_bit_for_bit(name: str, options: dict, tmp_path) -> None:
     state, inputs = sparse_state(name, tmp_path), TINY[name].example()
     exact = answer(state.model, inputs)
@@ -68,7 +73,7 @@ def test_a_packed_model_computes_the_same_and_loads_bit_for_bit(name: str, optio
     assert record_of(loaded.config)["sparse"].keys() == record_of(state.model.config)["sparse"].keys()
 
 
-@pytest.mark.parametrize("options", WAYS, ids=lambda options: "-".join(options.values()))
+@pytest.mark.parametrize("options", WAYS, ids=told)
 def test_stored_bytes_are_those_of_the_file(options: dict, tmp_path) -> None:
     state = sparse_state("bert", tmp_path)
     (state,) = Pack(gain=0, **options, **QUICK).run(state)
@@ -170,8 +175,7 @@ def exported(name: str, options: dict, folder, cache: bool = False):
     return state, Onnx(cache=cache).run(state, folder / "made")
 
 
-@pytest.mark.parametrize("name", ["bert", "distilbert", "gpt2", "llama"])
-@pytest.mark.parametrize("options", WAYS, ids=lambda options: "-".join(options.values()))
+@pytest.mark.parametrize(("name", "options"), EXPORTED, ids=told)
 def test_an_artifact_of_a_packed_model_computes_the_same(name: str, options: dict, tmp_path) -> None:
     state, made = exported(name, options, tmp_path, cache=TINY[name].generates)
     assert made.worst_error < (0.05 if options["format"] == "blocks" else 1e-4)
