@@ -20,6 +20,7 @@ from compress.sparse import device, gpu
 from compress.sparse.device import Kernels, built
 from compress.sparse.formats import Bitmap
 from compress.sparse.semi import SemiInt4
+from passes.packing import gate
 
 ROWS = (1, 2, 7, 16, 33)
 SIZES = ((1, 1), (5, 7), (16, 32), (17, 100), (40, 257), (33, 1300))
@@ -310,3 +311,12 @@ def test_on_a_gpu_counting_bits_is_exact(count: int) -> None:
     met = torch.ops.hf_compress.signs_product(a.cuda(), b.cuda(), count)
     assert torch.equal(met.cpu(), counting.signs_product(a, b, count))
     assert torch.equal(torch.ops.hf_compress.seen_product(a.cuda(), b.cuda()).cpu(), counting.seen_product(a, b))
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_on_a_gpu_every_way_to_compute_a_layer_is_timed() -> None:
+    weight = semi(128, 256, torch.bfloat16)
+    times = gate.milliseconds_on_gpu({"a": Bitmap.pack(weight)}, {"a": (weight, None)}, 3, torch.bfloat16, 0.01)
+    assert times.keys() == {"packed", "dense", "torch_2_4"}
+    assert all(0 < took["a"] < 1e3 for took in times.values())

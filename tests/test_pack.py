@@ -13,12 +13,13 @@ from safetensors.torch import load_file, save_file
 
 from compress import checkpoint
 from compress.contract import MASKS, Part, stale_after
-from compress.errors import LayoutError, TargetError
+from compress.errors import ExportError, LayoutError, TargetError
 from compress.families import layout_of
 from compress.layout import record_of
 from compress.plan import Plan, Tables
 from compress.runtimes import open_artifact
-from compress.sparse.modules import SparseLinear
+from compress.sparse.modules import SparseLinear, as_nodes
+from compress.sparse.semi import SemiInt4
 from compress.target import Target
 from exporters import EXPORTERS
 from exporters.onnx import Onnx
@@ -246,3 +247,59 @@ def test_medians_are_of_calls_in_turn() -> None:
     assert order[:8] == ["packed a", "packed b", "dense a", "dense b"] * 2
     assert len(order) == 4 * 6
     assert np.isfinite([took for found in times.values() for took in found.values()]).all()
+
+
+def test_on_a_gpu_formats_of_sixteen_bits_are_timed_and_packed(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {}
+
+    def timed(packed, layers, rows, kind, seconds):
+        asked.update(rows=rows, kind=kind, formats={one.name for one in packed.values()})
+        return {way: dict.fromkeys(packed, took) for way, took in {"packed": 1.0, "dense": 3.0}.items()}
+
+    monkeypatch.setattr(gate, "milliseconds_on_gpu", timed)
+    for options, kind in (({}, "bitmap"), ({"format": "semi_int4"}, "semi_int4")):
+        state, inputs = state_of(TINY["llama"], tmp_path / kind), TINY["llama"].example()
+        (state,) = PASSES["sparsify"](runs={"keep": 2, "of": 4}, method="magnitude", samples=8).run(state)
+        exact = answer(state.model, inputs)
+        state.target = state.target.model_copy(update={"device": "cuda", "batch": 3, "generate": 5})
+        (state,) = Pack(**options).run(state)
+        assert asked == {"rows": 3, "kind": torch.bfloat16, "formats": {kind}}
+        assert {told["gain"] for told in state.figures["layers"].values()} == {3.0}
+        met = answer(state.model, inputs)
+        assert torch.nn.functional.cosine_similarity(met, exact, dim=0) > 0.95
+        checkpoint.save(state.model, tmp_path / kind / "saved")
+        loaded = type(state.model).from_pretrained(tmp_path / kind / "saved", dtype=torch.bfloat16).eval()
+        ours, theirs = (dict(one.named_parameters()) for one in (state.model, loaded))
+        held = {name for name in ours if name.endswith((".values", ".scale", ".codes", ".positions", ".bits"))}
+        assert held
+        assert all(torch.equal(ours[name], theirs[name]) for name in held)
+
+
+def test_options_that_do_not_suit_the_device_are_told(tmp_path) -> None:
+    state = sparse_state("bert", tmp_path)
+    with pytest.raises(TargetError, match="format 'semi_int4' on device 'cpu'; expected auto or bitmap or blocks"):
+        list(Pack(format="semi_int4").run(state))
+    state.target = state.target.model_copy(update={"device": "cuda"})
+    with pytest.raises(TargetError, match="format 'blocks' on device 'cuda'; expected auto or bitmap or semi_int4"):
+        list(Pack(format="blocks").run(state))
+    with pytest.raises(TargetError, match="values 'float32' on device 'cuda'"):
+        list(Pack(values="float32").run(state))
+
+
+def test_layers_without_two_of_four_are_left_and_told(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "milliseconds_on_gpu", lambda packed, *_: {"packed": {}, "dense": {}})
+    state = sparse_state("bert", tmp_path)
+    state.target = state.target.model_copy(update={"device": "cuda"})
+    masks = state.facts[MASKS.name]
+    (state,) = Pack(format="semi_int4").run(state)
+    assert set(state.figures["skipped"].values()) == {"more than two of four inputs have weights; expected two at most"}
+    assert {f"{name}.weight" for name in state.figures["skipped"]} == masks.keys()
+
+
+def test_a_format_without_a_node_is_no_onnx() -> None:
+    layer = torch.nn.Sequential(SparseLinear(SemiInt4.pack(torch.zeros(4, 64)), None))
+    with (
+        pytest.raises(ExportError, match="packed as semi_int4 can't be in ONNX; expected bitmap or blocks"),
+        as_nodes(layer),
+    ):
+        pass

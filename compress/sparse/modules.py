@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from compress.errors import LayoutError
+from compress.errors import ExportError, LayoutError
 from compress.layout import own_record, prefix_of
-from compress.sparse import ops  # noqa: F401  # defines the operators
+from compress.sparse import gpu, ops  # noqa: F401  # define the operators
 from compress.sparse.formats import Bitmap, Blocks
+from compress.sparse.semi import SemiInt4
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Stored = Bitmap | Blocks  # formats that a layer can hold
-FORMATS: dict[str, type[Stored]] = {"bitmap": Bitmap, "blocks": Blocks}
+Stored = Bitmap | Blocks | SemiInt4  # formats that a layer can hold
+FORMATS: dict[str, type[Stored]] = {"bitmap": Bitmap, "blocks": Blocks, "semi_int4": SemiInt4}
+HALVES = {"bitmap": "values", "semi_int4": "scale"}  # tensors that may be of sixteen-bit numbers
 DOMAIN = "hf_compress"  # of the nodes in an ONNX graph that stand for packed layers
 NODES = {"bitmap": f"{DOMAIN}::BitmapSparseLinear", "blocks": f"{DOMAIN}::BlockSparseLinear"}
 
@@ -47,8 +49,11 @@ class SparseLinear(nn.Module):
     def tensors(self) -> list[Tensor]:
         """What the format stores, in its order."""
         held = {name: one for name, one in self.named_parameters(recurse=False) if name != "bias"}
-        halves = "values" in held and held["values"].dtype == torch.int16
-        return [one.view(torch.bfloat16) if halves and name == "values" else one for name, one in held.items()]
+        halves = HALVES.get(self.format)
+        return [
+            one.view(torch.bfloat16) if name == halves and one.dtype == torch.int16 else one
+            for name, one in held.items()
+        ]
 
     def packed(self) -> Stored:
         """The matrix."""
@@ -72,8 +77,13 @@ class SparseLinear(nn.Module):
 
 @contextmanager
 def as_nodes(model: nn.Module) -> Iterator[bool]:
-    """Inside, packed layers export to ONNX as nodes that our library computes; says whether there are any."""
+    """Inside, packed layers export to ONNX as nodes that our library computes; says whether there are any.
+
+    Raises ExportError where a format has no such node.
+    """
     layers = [module for module in model.modules() if isinstance(module, SparseLinear)]
+    if lacking := {layer.format for layer in layers} - NODES.keys():
+        raise ExportError(f"layers packed as {min(lacking)} can't be in ONNX; expected {' or '.join(NODES)}")
     try:
         for layer in layers:
             layer.as_node = True

@@ -78,3 +78,9 @@ class SemiInt4(Format):
         """Which index points outside of the matrix or its entries; empty where none does."""
         width = (self.shape[0], self.width)
         return NOfM(width, KEEP, OF, self.codes.new_empty(len(self.codes), self.width // 2), self.positions).problem()
+
+
+def in_fours(weight: Tensor) -> bool:
+    """Whether at most two of each four inputs of a matrix (out, in) have weights."""
+    runs = F.pad(weight, (0, -weight.shape[1] % OF)).unflatten(1, (-1, OF))
+    return bool(((runs != 0).sum(2) <= KEEP).all())

@@ -1,7 +1,7 @@
 """The gate: what each layer takes dense and packed, so that only those are packed that gain by it.
 
 All layers run in turn, as in the model, first as one candidate and then as the next: so each finds its weights as far
-away as it would find them there. A layer's time is the median over rounds.
+away as it would find them there. A layer's time is the median over rounds. On a GPU it is that of a replayed graph.
 """
 
 from __future__ import annotations
@@ -11,15 +11,19 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compress.replay import captured, elapsed
 from compress.sparse.modules import SparseLinear, Stored
+from compress.sparse.semi import in_fours
 
 Calls = Mapping[str, Callable[[Tensor], Tensor]]  # by layer
+Ready = Mapping[str, Mapping[str, Callable[[], Any]]]  # by candidate and layer
 
 
 def dense_calls(layers: Mapping[str, tuple[Tensor, Tensor | None]]) -> Calls:
@@ -49,6 +53,15 @@ def packed_calls(packed: Mapping[str, Stored], layers: Mapping[str, tuple[Tensor
     return {name: module.__call__ for name, module in modules.items()}
 
 
+def two_of_four_calls(layers: Mapping[str, tuple[Tensor, Tensor | None]]) -> Calls:
+    """The products of torch's own two of four, for those layers on a GPU whose zeros and sizes allow it."""
+    return {
+        name: partial(F.linear, weight=torch.sparse.to_sparse_semi_structured(weight), bias=bias)
+        for name, (weight, bias) in layers.items()
+        if weight.shape[0] % 32 == 0 and weight.shape[1] % 64 == 0 and in_fours(weight)
+    }
+
+
 def milliseconds(
     candidates: Mapping[str, Calls], inputs: Mapping[str, int], rows: int, threads: int, seconds: float
 ) -> dict[str, dict[str, float]]:
@@ -56,25 +69,76 @@ def milliseconds(
 
     Rounds go on for so many seconds, and there are at least five.
     """
-    generator = torch.Generator().manual_seed(0)
-    given = {width: torch.randn(rows, width, generator=generator) for width in set(inputs.values())}
-    times: dict[str, dict[str, list[float]]] = {
-        kind: {name: [] for name in calls} for kind, calls in candidates.items()
-    }
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         with torch.inference_mode():
-            for done in _rounds(seconds):
-                for kind, calls in candidates.items():
-                    for name, call in calls.items():
-                        start = time.perf_counter()
-                        call(given[inputs[name]])
-                        if done:  # the first round makes ready
-                            times[kind][name].append(time.perf_counter() - start)
+            return _in_turn(_given(candidates, inputs, rows, "cpu", torch.float32), _elapsed_here, seconds)
     finally:
         torch.set_num_threads(before)
-    return {kind: _medians(found) for kind, found in times.items()}
+
+
+def milliseconds_on_gpu(
+    packed: Mapping[str, Stored],
+    layers: Mapping[str, tuple[Tensor, Tensor | None]],
+    rows: int,
+    kind: torch.dtype,
+    seconds: float,
+) -> dict[str, dict[str, float]]:
+    """The same on the GPU, where all compute with sixteen bits: packed, by cuBLAS, and by torch's two of four."""
+    placed = {
+        name: (weight.to("cuda", kind), None if bias is None else bias.to("cuda", kind))
+        for name, (weight, bias) in layers.items()
+    }
+    modules = {name: SparseLinear(one, placed[name][1]).to("cuda") for name, one in packed.items()}
+    candidates: dict[str, Calls] = {
+        "packed": {name: module.__call__ for name, module in modules.items()},
+        "dense": dense_calls(placed),
+        "torch_2_4": two_of_four_calls(placed),
+    }
+    widths = {name: one.shape[1] for name, one in packed.items()}
+    with torch.inference_mode():
+        given = _given(candidates, widths, rows, "cuda", kind)
+        ready = {way: {name: captured(call) for name, call in calls.items()} for way, calls in given.items() if calls}
+        return _in_turn(ready, elapsed, seconds)
+
+
+def _given(
+    candidates: Mapping[str, Calls], inputs: Mapping[str, int], rows: int, device: str, kind: torch.dtype
+) -> Ready:
+    """Every call with its input."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = {
+        width: torch.randn(rows, width, generator=generator).to(device, kind) for width in sorted(set(inputs.values()))
+    }
+    return {way: {name: partial(call, drawn[inputs[name]]) for name, call in calls.items()}
+            for way, calls in candidates.items()}  # fmt: skip
+
+
+def _in_turn(
+    ready: Ready, times_of: Callable[[Sequence[Callable[[], Any]]], list[float]], seconds: float
+) -> dict[str, dict[str, float]]:
+    """Medians of what `times_of` tells of all calls of a candidate, one candidate after another."""
+    times: dict[str, list[list[float]]] = {way: [] for way in ready}
+    for done in _rounds(seconds):
+        for way, calls in ready.items():
+            found = times_of(list(calls.values()))
+            if done:  # the first round makes ready
+                times[way].append(found)
+    return {
+        way: dict(zip(calls, np.median(np.asarray(times[way]), axis=0).tolist(), strict=True))
+        for way, calls in ready.items()
+    }
+
+
+def _elapsed_here(calls: Sequence[Callable[[], Any]]) -> list[float]:
+    """Milliseconds of each call, one after another."""
+    times = []
+    for call in calls:
+        start = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - start) * 1e3)
+    return times
 
 
 def _rounds(seconds: float, fewest: int = 6) -> Iterator[int]:
@@ -84,7 +148,3 @@ def _rounds(seconds: float, fewest: int = 6) -> Iterator[int]:
         if done >= fewest and time.monotonic() > end:
             return
         yield done
-
-
-def _medians(times: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    return {name: float(np.median(samples)) * 1e3 for name, samples in times.items()}

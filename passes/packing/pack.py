@@ -8,49 +8,58 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from compress.contract import MASKS, Fact, Part, Pass
+from compress.errors import TargetError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.sparse.modules import Stored
     from compress.state import State
+    from compress.target import Target
 
 BLOCK = 4  # inputs whose weights go together in `blocks`
+FORMATS = {"cpu": ("bitmap", "blocks"), "cuda": ("bitmap", "semi_int4")}  # for which a device has kernels
 
 
 class Pack(Pass):
     """Store sparse linear layers packed, for kernels that skip zeros; a layer that doesn't gain by it stays dense.
 
     ``blocks`` holds int8 codes, four inputs at a time, and rounds weights and activations to them; it wants zeros in
-    runs of four. ``bitmap`` holds single weights and computes in float32. Each layer is timed on this machine, at the
-    target's batch, sequence and threads, against the best dense product of torch: of float32, and for `blocks` of int8
-    too. What comes out can't be trained any more.
+    runs of four. ``bitmap`` holds single weights and computes in float32, on a GPU in bfloat16. ``semi_int4``, there,
+    wants two of four inputs zero and rounds the others to four bits with a scale for 128 inputs. Each layer is timed
+    here, at the target's batch, sequence and threads, against the best product of torch: on a CPU of float32, and for
+    `blocks` of int8 too; on a GPU of bfloat16, and where two of four inputs are zero torch's own for those. What comes
+    out can't be trained any more.
     """
 
     requires: ClassVar[frozenset[Fact]] = frozenset({MASKS})
     touches: ClassVar[Part] = Part.VALUES | Part.FORMAT
 
-    format: Literal["auto", "bitmap", "blocks"] = Field(
-        default="auto", description="auto: blocks where nearly all zeros lie in runs of four inputs, else bitmap"
+    format: Literal["auto", "bitmap", "blocks", "semi_int4"] = Field(
+        default="auto", description="auto: on a CPU blocks where nearly all zeros lie in runs of four, else bitmap"
     )
-    values: Literal["float32", "bfloat16"] = Field(default="float32", description="bitmap: how weights are stored")
+    values: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="bitmap: how weights are stored; auto: float32, for a GPU bfloat16"
+    )
     gain: float = Field(default=1.0, ge=0, description="times faster that a layer must be to be packed; 0 packs all")
     seconds: float = Field(default=10.0, gt=0, description="how long layers are timed")
 
     def run(self, state: State) -> Iterator[State]:
         """Yield the state with layers packed; figures tell each one's times, and why others were left."""
         from compress.sparse.modules import pack_
-        from passes.packing.gate import dense_calls, int8_calls, milliseconds, packed_calls
+        from compress.sparse.semi import in_fours
 
+        target = state.target
+        self._refuse(target.device)
         layers, skipped = self._sparse(state)
-        packed = {name: self._packed(weight) for name, (weight, _) in layers.items()}
-        candidates = {"packed": packed_calls(packed, layers), "dense": dense_calls(layers)}
-        whole = {name: layers[name] for name, one in packed.items() if one.name == "blocks"}
-        if whole and (calls := int8_calls(whole)):
-            candidates["dense_int8"] = calls
-        widths = {name: one.shape[1] for name, one in packed.items()}
-        rows = state.target.batch * (1 if state.target.generate else state.target.sequence)
-        times = milliseconds(candidates, widths, rows, state.target.threads, self.seconds)
+        packed: dict[str, Stored] = {}
+        for name, (weight, _) in layers.items():
+            if self.format == "semi_int4" and not in_fours(weight):
+                skipped[name] = "more than two of four inputs have weights; expected two at most"
+            else:
+                packed[name] = self._packed(weight, target.device)
+        rows = target.batch * (1 if target.generate else target.sequence)
+        times = self._times(packed, {name: layers[name] for name in packed}, rows, target)
         told: dict[str, Any] = {}
         for name, one in packed.items():
             mine = {kind: found[name] for kind, found in times.items() if name in found}
@@ -71,6 +80,34 @@ class Pack(Pass):
             "stored_bytes": {"before": dense, "after": sum(one.bytes for one in taken.values())},
         }
         yield state
+
+    def _refuse(self, device: str) -> None:
+        """Raise TargetError where the options don't suit a device."""
+        if self.format not in (known := ("auto", *FORMATS[device])):
+            raise TargetError(f"pack: format '{self.format}' on device '{device}'; expected {' or '.join(known)}")
+        if device == "cuda" and self.values == "float32":
+            raise TargetError("pack: values 'float32' on device 'cuda'; expected auto or bfloat16")
+
+    def _times(
+        self,
+        packed: Mapping[str, Stored],
+        layers: Mapping[str, tuple[Tensor, Tensor | None]],
+        rows: int,
+        target: Target,
+    ) -> dict[str, dict[str, float]]:
+        """Milliseconds of each layer, packed and by the ways of torch."""
+        import torch
+
+        from passes.packing import gate
+
+        if target.device == "cuda":
+            return gate.milliseconds_on_gpu(packed, layers, rows, torch.bfloat16, self.seconds)
+        candidates = {"packed": gate.packed_calls(packed, layers), "dense": gate.dense_calls(layers)}
+        whole = {name: layers[name] for name, one in packed.items() if one.name == "blocks"}
+        if whole and (calls := gate.int8_calls(whole)):
+            candidates["dense_int8"] = calls
+        widths = {name: one.shape[1] for name, one in packed.items()}
+        return gate.milliseconds(candidates, widths, rows, target.threads, self.seconds)
 
     def _sparse(self, state: State) -> tuple[dict[str, tuple[Tensor, Tensor | None]], dict[str, str]]:
         """Matrices (out, in) and biases of the layers that have masks, on the CPU, and why others have none here."""
@@ -97,15 +134,19 @@ class Pack(Pass):
                     found[name] = (stored(layer, layer.weight.detach()).cpu().contiguous(), bias)
         return found, skipped
 
-    def _packed(self, weight: Tensor) -> Stored:
+    def _packed(self, weight: Tensor, device: str) -> Stored:
         """A matrix (out, in) in the format that was asked, or that fits its zeros."""
         import torch
 
         from compress.sparse.formats import Bitmap, Blocks, round_rows
+        from compress.sparse.semi import SemiInt4
 
-        if self.format == "blocks" or (self.format == "auto" and in_runs(weight)):
+        if self.format == "semi_int4":
+            return SemiInt4.pack(weight)
+        if self.format == "blocks" or (self.format == "auto" and device == "cpu" and in_runs(weight)):
             return Blocks.pack(*round_rows(weight))
-        return Bitmap.pack(weight.to(getattr(torch, self.values)))
+        kind = self.values if self.values != "auto" else "bfloat16" if device == "cuda" else "float32"
+        return Bitmap.pack(weight.to(getattr(torch, kind)))
 
 
 def in_runs(weight: Tensor, share: float = 0.9) -> bool:
