@@ -41,7 +41,7 @@ STATISTICS = Fact("statistics", Part.SHAPE | Part.VALUES, "Gram matrices of the 
 VOCABULARY = Fact("vocabulary", Part.NONE, "the tokens of the dense model that are left, where some were dropped")
 ROWS = Fact("rows", Part.NONE, "the rows that steps train on, where a step before them made or chose some")
 GRID = Fact("grid", Part.SHAPE | Part.VALUES | Part.FORMAT, "the scales and zeros of the grid that weights lie on")
-MASKS = Fact("masks", Part.SHAPE | Part.VALUES, "which weights of sparse matrices are zero and stay so")
+MASKS = Fact("masks", Part.SHAPE | Part.VALUES | Part.FORMAT, "which weights of sparse matrices are zero and stay so")
 PREDICTIONS = Fact(
     "predictions",
     Part.NONE,

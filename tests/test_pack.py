@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 
 import numpy as np
 import onnx
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compress import checkpoint
-from compress.contract import MASKS, Part, stale_after
+from compress.contract import GRID, MASKS, Part, stale_after
 from compress.errors import ExportError, LayoutError, TargetError
 from compress.families import layout_of
 from compress.layout import record_of
@@ -26,6 +27,8 @@ from exporters.onnx import Onnx
 from passes import PASSES
 from passes.packing import gate
 from passes.packing.pack import Pack, in_runs
+from passes.quantization.qat import Qat
+from passes.quantization.rounded import on_grid
 from tests.conftest import TINY, answer
 from tests.paper import state_of
 from tests.world import make_world
@@ -165,6 +168,44 @@ def test_a_file_whose_indices_point_outside_is_refused(key: str, tmp_path) -> No
         type(state.model).from_pretrained(tmp_path / "saved")
 
 
+def on_int8_grid(folder):
+    """A tiny sparse model whose weights training has left on a grid of int8, in runs of four."""
+    state = sparse_state("bert", folder, block=4)
+    state.dense.source = "dense"
+    with on_grid(state, Qat(samples=8)):
+        pass
+    return state
+
+
+def test_codes_are_those_of_training_on_a_grid(tmp_path) -> None:
+    state = on_int8_grid(tmp_path)
+    grid = state.facts[GRID.name]
+    weights = {name: state.model.get_submodule(name).weight.detach().clone() for name in grid["layers"]}
+    least = min(float((one / grid[f"{name}.scale"]).min()) for name, one in weights.items())
+    assert round(least) == -128  # a code that no matrix rounded by itself has
+    (state,) = Pack(gain=0, format="blocks", **QUICK).run(state)
+    assert packed(state)
+    for name, layer in packed(state).items():
+        assert torch.equal(layer.packed().unpack(), weights[name])
+    assert not set(state.facts[GRID.name]["layers"]) & packed(state).keys()
+
+
+def test_layers_left_dense_leave_by_the_grid_that_they_were_trained_on(tmp_path, monkeypatch) -> None:
+    def timed(candidates, widths, rows, threads, seconds):
+        return {kind: {name: 2.0 if kind == "dense" else 1.0 if "intermediate" in name else 3.0 for name in calls}
+                for kind, calls in candidates.items()}  # fmt: skip
+
+    monkeypatch.setattr(gate, "milliseconds", timed)
+    (state,) = Pack(format="blocks").run(on_int8_grid(tmp_path))
+    ours = len(packed(state))
+    assert 0 < ours < len(state.figures["layers"])
+    made = Onnx(quantize="int8_static").run(state, tmp_path / "made")
+    kinds = Counter(node.op_type for node in onnx.load(tmp_path / "made" / "model.onnx").graph.node)
+    assert kinds["BlockSparseLinear"] == ours
+    assert made.figures["int8_products"] > 0
+    assert made.worst_error < 0.1
+
+
 # ONNX.
 
 
@@ -235,7 +276,8 @@ def test_a_plan_knows_what_packing_needs_and_that_nothing_may_follow(tmp_path) -
     assert problems("sparsify", "pack") == []
     assert any("masks" in problem for problem in problems("pack"))
     assert any("has fixed the number format" in problem for problem in problems("sparsify", "pack", "distill"))
-    assert Pack().touches == Part.VALUES | Part.FORMAT
+    assert problems("sparsify", {"distill": {"qat": {}}}, "pack") == []
+    assert Pack().touches == Part.FORMAT
     assert stale_after(Pack(), frozenset({MASKS})) == {MASKS}
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from compress.contract import MASKS, Fact, Part, Pass
+from compress.contract import GRID, MASKS, Fact, Part, Pass
 from compress.errors import TargetError
 
 if TYPE_CHECKING:
@@ -29,11 +29,14 @@ class Pack(Pass):
     wants two of four inputs zero and rounds the others to four bits with a scale for 128 inputs. Each layer is timed
     here, at the target's batch, sequence and threads, against the best product of torch: on a CPU of float32, and for
     `blocks` of int8 too; on a GPU of bfloat16, and where two of four inputs are zero torch's own for those. What comes
-    out can't be trained any more.
+    out can't be trained any more. Where training was on a grid of int8 (`qat`), `blocks` has those very codes, and
+    layers that stay dense stay on the grid.
     """
 
+    version = 2
     requires: ClassVar[frozenset[Fact]] = frozenset({MASKS})
-    touches: ClassVar[Part] = Part.VALUES | Part.FORMAT
+    keeps: ClassVar[frozenset[Fact]] = frozenset({GRID})
+    touches: ClassVar[Part] = Part.FORMAT  # which rounding belongs to
 
     format: Literal["auto", "bitmap", "blocks", "semi_int4"] = Field(
         default="auto", description="auto: on a CPU blocks where nearly all zeros lie in runs of four, else bitmap"
@@ -52,12 +55,13 @@ class Pack(Pass):
         target = state.target
         self._refuse(target.device)
         layers, skipped = self._sparse(state)
+        grid: Mapping[str, Any] = state.facts.get(GRID.name, {})
         packed: dict[str, Stored] = {}
         for name, (weight, _) in layers.items():
             if self.format == "semi_int4" and not in_fours(weight):
                 skipped[name] = "more than two of four inputs have weights; expected two at most"
             else:
-                packed[name] = self._packed(weight, target.device)
+                packed[name] = self._packed(weight, target.device, row_scales(grid, name))
         rows = target.batch * (1 if target.generate else target.sequence)
         times = self._times(packed, {name: layers[name] for name in packed}, rows, target)
         told: dict[str, Any] = {}
@@ -73,6 +77,8 @@ class Pack(Pass):
         taken = {name: one for name, one in packed.items() if told[name]["packed"]}
         dense = sum(layers[name][0].numel() * layers[name][0].element_size() for name in taken)
         pack_(state.model, taken)
+        if grid:
+            state.give(GRID, {**grid, "layers": [name for name in grid["layers"] if name not in taken]})
         state.figures = {
             "layers": told,
             "rows": rows,
@@ -134,8 +140,8 @@ class Pack(Pass):
                     found[name] = (stored(layer, layer.weight.detach()).cpu().contiguous(), bias)
         return found, skipped
 
-    def _packed(self, weight: Tensor, device: str) -> Stored:
-        """A matrix (out, in) in the format that was asked, or that fits its zeros."""
+    def _packed(self, weight: Tensor, device: str, scales: Tensor | None) -> Stored:
+        """A matrix (out, in) in the format that was asked, or that fits its zeros; by its rows' `scales` if it has."""
         import torch
 
         from compress.sparse.formats import Bitmap, Blocks, round_rows
@@ -144,9 +150,20 @@ class Pack(Pass):
         if self.format == "semi_int4":
             return SemiInt4.pack(weight)
         if self.format == "blocks" or (self.format == "auto" and device == "cpu" and in_runs(weight)):
-            return Blocks.pack(*round_rows(weight))
+            codes = (
+                round_rows(weight) if scales is None else ((weight / scales[:, None]).round().to(torch.int8), scales)
+            )
+            return Blocks.pack(*codes)
         kind = self.values if self.values != "auto" else "bfloat16" if device == "cuda" else "float32"
         return Bitmap.pack(weight.to(getattr(torch, kind)))
+
+
+def row_scales(grid: Mapping[str, Any], name: str) -> Tensor | None:
+    """The scale of each row (out,) of a layer whose weights are int8 codes, as far below 0 as above; None elsewhere."""
+    if grid.get("bits") != 8 or name not in grid["layers"] or grid[f"{name}.scale"].shape[1] > 1:
+        return None
+    middle = bool((grid[f"{name}.zero"] == 128).all())
+    return grid[f"{name}.scale"][:, 0] if middle else None
 
 
 def in_runs(weight: Tensor, share: float = 0.9) -> bool:
