@@ -277,6 +277,26 @@ def packed(found: Figures) -> Iterator[str]:
         yield f"| {row['model']} | {layers} | {accuracy} | " + " | ".join(told) + " |"
 
 
+def gpu_kernels(found: Figures) -> Iterator[str]:
+    """Products on a GPU: each way beside cuBLAS, and how near it is to the time of fetching its bytes."""
+    speed = found["abilities"]["copy_bytes_a_second"]
+    rate = found["abilities"]["gemm_operations_a_second"]
+    yield f"{found['card']}: copies of {speed / 1e12:.2f} TB/s, products of bfloat16 of {rate / 1e12:.0f} TFLOP/s."
+    yield ""
+    yield "| way | outputs x inputs | density | rows | us | of cuBLAS's speed | of the bandwidth | worst error |"
+    yield "|---|---|---|---|---|---|---|---|"
+    places = ("outputs", "inputs", "rows")
+    dense = {tuple(row[one] for one in places): row["milliseconds"] for row in found["rows"] if row["way"] == "dense"}
+    for row in found["rows"]:
+        took = row["milliseconds"]
+        density = "-" if row["density"] is None else f"{row['density']:g}"
+        yield (
+            f"| {row['way']} | {row['outputs']} x {row['inputs']} | {density} | {row['rows']} | {1e3 * took:.1f} "
+            f"| {dense[tuple(row[one] for one in places)] / took:.2f} "
+            f"| {100 * row['bytes'] / (took / 1e3) / speed:.0f} % | {row['worst_error']:.1e} |"
+        )
+
+
 def cost(found: Figures) -> Iterator[str]:
     """What pruning and importing cost."""
     yield "| what | figure |"
@@ -313,6 +333,7 @@ SUITES: dict[str, tuple[str, Callable[[Figures], Iterator[str]]]] = {
         "The same packed, in ONNX Runtime with our operators, against its dense float32 and int8",
         packed,
     ),
+    "gpu-kernels": ("Kernels for NVIDIA GPUs, by shape, density and rows", gpu_kernels),
     "cost": ("Cost of statistics, database and search, and of starting up", cost),
     "cost-mpnet": ("The same for MPNet-base, 109 M parameters", cost),
     "cost-smollm2": ("The same for SmolLM2-135M", cost),

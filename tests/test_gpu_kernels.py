@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.gpu import kernels as benchmark
 from compress import bits as counting
 from compress.errors import LayoutError
 from compress.sparse import device, gpu
@@ -320,3 +321,28 @@ def test_on_a_gpu_every_way_to_compute_a_layer_is_timed() -> None:
     times = gate.milliseconds_on_gpu({"a": Bitmap.pack(weight)}, {"a": (weight, None)}, 3, torch.bfloat16, 0.01)
     assert times.keys() == {"packed", "dense", "torch_2_4"}
     assert all(0 < took["a"] < 1e3 for took in times.values())
+
+
+# The benchmark.
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_without_a_gpu_the_benchmark_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["kernels"])
+    with pytest.raises(SystemExit, match="gpu-kernels: no CUDA device found"):
+        benchmark.main()
+
+
+def test_break_even_is_the_largest_density_that_is_not_slower() -> None:
+    def row(way: str, density: float | None, milliseconds: float) -> dict[str, object]:
+        return {"way": way, "outputs": 2, "inputs": 3, "rows": 1, "density": density, "milliseconds": milliseconds}
+
+    rows = [row("dense", None, 2.0), row("bitmap", 0.9, 2.1), row("bitmap", 0.5, 1.9), row("bitmap", 0.1, 1.0)]
+    assert benchmark.break_even(rows) == {(2, 3, 1): 0.5}
+    assert benchmark.break_even(rows[:2]) == {(2, 3, 1): 0.0}
+
+
+@pytest.mark.parametrize("kind", HALVES, ids=str)
+def test_the_benchmark_leaves_the_two_largest_of_four(kind: torch.dtype) -> None:
+    met = benchmark.two_of_four(torch.tensor([[1.0, -4, 3, 2, 0, 5, -6, 1]], dtype=kind))
+    assert met.tolist() == [[0, -4, 3, 0, 0, 5, -6, 0]]

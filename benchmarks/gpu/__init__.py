@@ -1,0 +1,1 @@
+"""What kernels and whole decoders take on an NVIDIA GPU."""
