@@ -190,6 +190,16 @@ def test_codes_are_those_of_training_on_a_grid(tmp_path) -> None:
     assert not set(state.facts[GRID.name]["layers"]) & packed(state).keys()
 
 
+def test_where_all_is_packed_tables_alone_are_left_to_int8(tmp_path) -> None:
+    state = on_int8_grid(tmp_path)
+    grid = state.facts[GRID.name]
+    grid["layers"] = [name for name in grid["layers"] if f"{name}.weight" in state.facts[MASKS.name]]
+    (state,) = Pack(gain=0, format="blocks", **QUICK).run(state)
+    made = Onnx(quantize="int8_static").run(state, tmp_path / "made")
+    assert made.figures["int8_products"] == 0
+    assert made.figures["int8_tables"] > 0
+
+
 def test_layers_left_dense_leave_by_the_grid_that_they_were_trained_on(tmp_path, monkeypatch) -> None:
     def timed(candidates, widths, rows, threads, seconds):
         return {kind: {name: 2.0 if kind == "dense" else 1.0 if "intermediate" in name else 3.0 for name in calls}
