@@ -50,7 +50,14 @@ def state_of(name: str) -> SimpleNamespace:
     task = TASKS["text-generation" if tiny.generates else "feature-extraction"]
     dense = SimpleNamespace(source="dense", model=model)
     return SimpleNamespace(
-        model=model, tokenizer=None, layout=layout_of(model), task=task, dense=dense, target=Target(), data=Texts(tiny)
+        facts={},
+        model=model,
+        tokenizer=None,
+        layout=layout_of(model),
+        task=task,
+        dense=dense,
+        target=Target(),
+        data=Texts(tiny),
     )
 
 
