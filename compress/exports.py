@@ -22,7 +22,7 @@ from compress.plan import Node
 from compress.plan.steps import Named
 from compress.progress import say
 from compress.runner import Run, digest, remembered
-from compress.runtimes import RUNTIMES, Artifact, open_artifact, runtime_of
+from compress.runtimes import Artifact, open_artifact, runtime_of, takes
 from compress.state import State
 from compress.verdict import Fastest
 
@@ -112,7 +112,7 @@ def places(exporters: Sequence[Any]) -> list[str]:
 
 def on_target(run: Run, path: Path) -> bool:
     """Whether the target's runtime takes an artifact and can do with it what the target asks."""
-    return RUNTIMES[run.plan.target.chosen].holds(path) and comparable(run, path)
+    return takes(run.plan.target, path, run.task.generates)
 
 
 def comparable(run: Run, path: Path) -> bool:

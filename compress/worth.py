@@ -16,7 +16,7 @@ from compress.evaluate import evaluate, headline
 from compress.evaluate.opened import Opened
 from compress.measure import measure, speedup
 from compress.progress import say
-from compress.runtimes import RUNTIMES, Artifact, open_artifact
+from compress.runtimes import Artifact, open_artifact, takes
 from compress.state import State
 from compress.verdict import Fastest
 
@@ -54,7 +54,7 @@ def worth(exporters: Sequence[Any], before: State, after: State, folder: Path) -
 
 def _artifacts(exporters: Sequence[Any], state: State, folder: Path) -> Iterator[Artifact]:
     """What the target's runtime takes of what the exporters write of a model; where none is, what it builds itself."""
-    runtime, found = RUNTIMES[state.target.chosen], 0
+    found = 0
     several: list[Sequence[Any]] = [one.candidates(state) if isinstance(one, Fastest) else [one] for one in exporters]
     for number, exporter in enumerate(one for group in several for one in group):
         if not {fact.name for fact in exporter.requires} <= state.facts.keys():
@@ -65,12 +65,12 @@ def _artifacts(exporters: Sequence[Any], state: State, folder: Path) -> Iterator
         except ExportError as error:
             say(f"left out: {error}")
             continue
-        if runtime.holds(place) and (runtime.generates(place) or not state.task.generates):
+        if takes(state.target, place, state.task.generates):
             found += 1
             yield artifact
     if not found:
         state.build(state.model, folder / "built")
-        yield Artifact.of(runtime.name, folder / "built", 0.0, FLOAT, {})
+        yield Artifact.of(state.target.chosen, folder / "built", 0.0, FLOAT, {})
 
 
 def _score(state: State, artifact: Artifact) -> tuple[str, float]:

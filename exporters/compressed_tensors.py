@@ -63,7 +63,8 @@ class CompressedTensors(Exporter):
             )
         if getattr(model.config, "quantization_config", None) is not None:
             raise ExportError(
-                f"{self.kind}: vLLM takes no layers of unlike widths; expected a model that plain transformers loads"
+                f"{self.kind}: vLLM takes no layers of unlike widths, nor packed ones; expected a model that plain "
+                "transformers loads"
             )
         if grid["bits"] not in (4, 8):
             raise ExportError(f"{self.kind}: vLLM takes weights of 4 or 8 bits; met a grid of {grid['bits']}")

@@ -72,7 +72,7 @@ def weight_only(folder: Path, model: PreTrainedModel, grid: Mapping[str, Any]) -
         else:
             _put(program.graph, node, found, block, 8 if grid["bits"] > 4 else 4)
             done += 1
-    if not done:
+    if not done and grid["layers"]:  # none is there where all were packed
         reasons = "; ".join(sorted(set(skipped.values()))) or "the graph holds other matrices than the model's blocks"
         raise ExportError(f"onnx: no product can be stored on the model's grid: {reasons}")
     tables = narrow_tables(program.graph)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 
 import compress.latency
@@ -11,10 +12,13 @@ import compress.measure
 from compress.contract import STATISTICS
 from compress.families import layout_of
 from compress.measure import Timing
+from compress.runtimes import open_artifact
 from compress.state import State, Teacher, Workshop
 from compress.statistics import moments
 from compress.target import Target
 from compress.tasks import TASKS
+from exporters.onnx import Onnx
+from tests.conftest import answer
 
 EVERYTHING = 3.0  # milliseconds of a paper model that no axis accounts for
 PER_UNIT = {"heads": 1.0, "columns": 0.1}
@@ -81,3 +85,24 @@ def state_of(tiny, folder):
     readers = sorted({site.module for axis in state.layout.axes.values() for site in axis.readers})
     state.give(STATISTICS, moments(model, readers, state.data.batches("calibration", 16)))
     return state
+
+
+def error_in_int8(tiny, folder, *passes, **export):
+    """Squared error of a tiny decoder's int8 artifact, with two channels of every norm a hundred times as large, and
+    what reads them as small; after some passes, whose figures stand beside it."""
+    state = state_of(tiny, folder / "state")
+    with torch.no_grad():
+        for name, module in state.model.named_modules():
+            if name.endswith("layernorm"):
+                module.weight[:2] *= 100
+            elif name.endswith(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")):
+                module.weight[:, :2] /= 100
+    inputs = tiny.example(3, 7)
+    expected = answer(state.model, inputs).numpy()
+    state.dense.source = "dense"
+    for one in passes:
+        (state,) = one.run(state)
+    Onnx(cache=False, **export).run(state, folder / "made")
+    mask = inputs["attention_mask"].numpy().astype(bool)
+    met = next(iter(open_artifact(folder / "made", Target())(inputs).values()))[mask].flatten()
+    return float(np.square(met - expected).mean()), state.figures

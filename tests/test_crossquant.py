@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from compress.runtimes import open_artifact
-from compress.target import Target
-from exporters.onnx import Onnx
 from passes.quantization.cross import Crossquant, column_part, kernel, steps
-from tests.conftest import TINY, answer, precise
-from tests.paper import state_of
+from tests.conftest import TINY, precise
+from tests.paper import error_in_int8, state_of
 
 
 @pytest.fixture
@@ -71,29 +67,10 @@ def test_the_model_computes_what_it_did_and_every_layer_is_told_of(name: str, tm
 
 
 def test_int8_loses_less_where_a_channel_is_large(tmp_path: Path) -> None:
-    tiny = TINY["llama"]
-
-    def error(*options: Crossquant) -> tuple[float, dict]:
-        state = state_of(tiny, tmp_path / f"state-{len(options)}")
-        with torch.no_grad():  # two channels of every norm a hundred times as large, and what reads them as small
-            for name, module in state.model.named_modules():
-                if name.endswith("layernorm"):
-                    module.weight[:2] *= 100
-                elif name.endswith(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")):
-                    module.weight[:, :2] /= 100
-        inputs = tiny.example(3, 7)
-        expected = answer(state.model, inputs).numpy()
-        state.dense.source = "dense"
-        for one in options:
-            (state,) = one.run(state)
-        folder = tmp_path / f"made-{len(options)}"
-        Onnx(quantize="int8_dynamic", cache=False).run(state, folder)
-        mask = inputs["attention_mask"].numpy().astype(bool)
-        met = next(iter(open_artifact(folder, Target())(inputs).values()))[mask].flatten()
-        return float(np.square(met - expected).mean()), state.figures
-
-    plain, _ = error()
-    crossed, figures = error(Crossquant(samples=16))
+    plain, _ = error_in_int8(TINY["llama"], tmp_path / "plain", quantize="int8_dynamic")
+    crossed, figures = error_in_int8(
+        TINY["llama"], tmp_path / "crossed", Crossquant(samples=16), quantize="int8_dynamic"
+    )
     assert crossed < 0.5 * plain
     shares = figures["kernels"]["model.layers.0.self_attn.q_proj"]
     assert shares["after"] < 0.2 * shares["row"]

@@ -130,6 +130,7 @@ def test_every_layer_is_timed(tmp_path) -> None:
         assert all(0 < took < 1e3 for took in told["milliseconds"].values())
         assert told["zeros"] == pytest.approx(0.8, abs=0.02)
     assert state.figures["stored_bytes"] == {"before": 0, "after": 0}
+    assert "sparse" not in record_of(state.model.config)
 
 
 def test_what_was_not_made_sparse_or_is_shared_is_left(tmp_path) -> None:

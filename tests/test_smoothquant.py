@@ -8,12 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from compress.runtimes import open_artifact
-from compress.target import Target
-from exporters.onnx import Onnx
 from passes.quantization.smooth import Smoothquant, scales
-from tests.conftest import TINY, answer, precise
-from tests.paper import state_of
+from tests.conftest import TINY, precise
+from tests.paper import error_in_int8, state_of
 
 PRE_NORM = (
     "llama", "llama-tied", "mistral", "qwen2", "qwen3", "gemma3", "gpt2", "gpt_neox", "opt", "vit", "whisper", "t5",
@@ -56,25 +53,7 @@ def test_a_tied_head_keeps_its_scale(tmp_path: Path) -> None:
 
 
 def test_int8_loses_less_where_channels_are_far_apart(tmp_path: Path) -> None:
-    tiny = TINY["llama"]
-
-    def error(smooth: bool) -> float:
-        state = state_of(tiny, tmp_path / f"state-{smooth}")
-        with torch.no_grad():  # two channels of every norm a hundred times as large, and what reads them as small
-            for name, module in state.model.named_modules():
-                if name.endswith("layernorm"):
-                    module.weight[:2] *= 100
-                elif name.endswith(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")):
-                    module.weight[:, :2] /= 100
-        inputs = tiny.example(3, 7)
-        expected = answer(state.model, inputs).numpy()
-        state.dense.source = "dense"
-        if smooth:
-            (state,) = Smoothquant(samples=16).run(state)
-        folder = tmp_path / f"made-{smooth}"
-        Onnx(quantize="int8_static", cache=False, samples=16).run(state, folder)
-        mask = inputs["attention_mask"].numpy().astype(bool)
-        met = next(iter(open_artifact(folder, Target())(inputs).values()))[mask].flatten()
-        return float(np.square(met - expected).mean())
-
-    assert error(smooth=True) < 0.5 * error(smooth=False)
+    tiny, export = TINY["llama"], {"quantize": "int8_static", "samples": 16}
+    plain, _ = error_in_int8(tiny, tmp_path / "plain", **export)
+    smooth, _ = error_in_int8(tiny, tmp_path / "smooth", Smoothquant(samples=16), **export)
+    assert smooth < 0.5 * plain

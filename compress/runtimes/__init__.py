@@ -12,7 +12,7 @@ from compress.runtimes.openvino import OpenVino
 from compress.runtimes.torch import TorchRuntime
 from compress.target import Target
 
-__all__ = ["RUNTIMES", "Artifact", "Runtime", "Session", "example_inputs", "open_artifact", "runtime_of"]
+__all__ = ["RUNTIMES", "Artifact", "Runtime", "Session", "example_inputs", "open_artifact", "runtime_of", "takes"]
 
 RUNTIMES: dict[str, Runtime] = {one.name: one for one in (OnnxRuntime(), TorchRuntime(), OpenVino())}
 
@@ -30,6 +30,12 @@ def runtime_of(path: Path) -> Runtime:
         f"{path}: holds {met or 'nothing'}; expected model.onnx, openvino_model.xml, config.json with .safetensors, or "
         "an .onnx file"
     )
+
+
+def takes(target: Target, path: Path, generates: bool) -> bool:
+    """Whether the target's runtime takes an artifact, with its cache if text is to be generated."""
+    runtime = RUNTIMES[target.chosen]
+    return runtime.holds(path) and (runtime.generates(path) or not generates)
 
 
 def open_artifact(path: Path, target: Target) -> Session:

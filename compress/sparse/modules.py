@@ -95,6 +95,8 @@ def as_nodes(model: nn.Module) -> Iterator[bool]:
 
 def pack_(model: PreTrainedModel, packed: Mapping[str, Stored]) -> None:
     """Put packed layers in the place of linear ones, by name, in place, and record them in the model's config."""
+    if not packed:
+        return
     record = own_record(model).setdefault("sparse", {})
     for name, matrix in packed.items():
         layer: Any = model.get_submodule(name)

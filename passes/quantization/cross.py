@@ -46,21 +46,14 @@ class Crossquant(Pass):
         `row`, in those of `cross`, and by row as it is `after`.
         """
         from passes.blocks import matrices_of
-        from passes.quantization.smooth import hand_over_, readers_of
-        from passes.watch import blocks_of, read_rows
+        from passes.quantization.smooth import hand_over_, ranges_of, readers_of
+        from passes.watch import blocks_of
 
         model, batches = state.model, list(calibration(state.data, self.samples, self.batch_size))
         layers = [name for block in blocks_of(state.layout) for name in matrices_of(model, block, {})[0]]
         readers, skipped = readers_of(model, batches[0])
         asked = [*layers, *(name for names in readers.values() for name in names if name not in layers)]
-        columns: dict[str, Tensor] = {}
-
-        def widen(name: str, rows: Tensor) -> None:
-            if len(rows):
-                largest = rows.abs().amax(0)
-                columns[name] = largest.maximum(columns.get(name, largest))
-
-        read_rows(model, asked, batches, widen)
+        columns = ranges_of(model, asked, batches)
         before = self._kernels(state, layers, batches, columns)
         for norm, names in readers.items():
             hand_over_(model, norm, names, column_part(columns[names[0]], self.row).to(model.dtype))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
@@ -44,15 +43,15 @@ class Smoothquant(Pass):
 
         batches = list(calibration(state.data, self.samples, self.batch_size))
         readers, skipped = readers_of(state.model, batches[0])
-        ranges = ranges_of(state.model, list(readers), batches)
+        ranges = ranges_of(state.model, [names[0] for names in readers.values()], batches)  # all of a norm read alike
         figures = {}
         for norm, names in readers.items():
             layers: list[Any] = [state.model.get_submodule(name) for name in names]
             columns = [layer.weight.detach().abs().amax(1 - stored_dim(layer, 1)) for layer in layers]
-            scale = scales(ranges[norm], torch.stack(columns).amax(0), self.strength)
+            given = ranges[names[0]]
+            scale = scales(given, torch.stack(columns).amax(0), self.strength)
             hand_over_(state.model, norm, names, scale)
-            after = ranges[norm] / scale
-            figures[norm] = {"before": spread(ranges[norm]), "after": spread(after)}
+            figures[norm] = {"before": spread(given), "after": spread(given / scale)}
         state.figures = {"norms": len(readers), "outliers": figures, "skipped": skipped}
         yield state
 
@@ -120,30 +119,17 @@ def readers_of(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> tuple[dic
 
 
 def ranges_of(
-    model: PreTrainedModel, norms: Sequence[str], batches: Sequence[Mapping[str, Tensor]]
+    model: PreTrainedModel, layers: Sequence[str], batches: Sequence[Mapping[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """Largest magnitude (channels,) of what each norm gives, over all tokens but padding."""
-    import torch
-
-    from compress.statistics import frozen, real_rows
-    from passes.watch import answer
+    """Largest magnitude (channels,) of what each linear layer reads, over all tokens but padding."""
+    from passes.watch import read_rows
 
     found: dict[str, Tensor] = {}
-    mask: Tensor | None = None
 
-    def seeing(norm: str) -> Any:
-        def hook(module: Any, inputs: Any, output: Tensor) -> None:
-            rows = real_rows(output.detach(), mask).abs()
-            if len(rows):
-                largest = rows.amax(0)
-                found[norm] = torch.maximum(found[norm], largest) if norm in found else largest
+    def widen(name: str, rows: Tensor) -> None:
+        if len(rows):
+            largest = rows.abs().amax(0)
+            found[name] = largest.maximum(found.get(name, largest))
 
-        return hook
-
-    with ExitStack() as hooks, frozen(model):
-        for norm in norms:
-            hooks.callback(model.get_submodule(norm).register_forward_hook(seeing(norm)).remove)
-        for batch in batches:
-            mask = batch.get("attention_mask")
-            answer(model, batch)
+    read_rows(model, layers, batches, widen)
     return found

@@ -1,0 +1,5 @@
+"""Writes the page of figures."""
+
+from benchmarks.tables import PAGE, page
+
+PAGE.write_text(page())

@@ -1,0 +1,60 @@
+"""Tables of models in few bits, and of artifacts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from benchmarks.tables.words import Figures, interval
+
+
+def weights(found: Figures) -> Iterator[str]:
+    """Few bits: methods by grids."""
+    dense = found["dense"]
+    yield (
+        f"Dense: perplexity {dense['perplexity']:.2f}, {dense['bytes'] / 1e6:.1f} MB, "
+        f"{dense['milliseconds']:.0f} ms a request of 64 tokens read and 64 written."
+    )
+    yield ""
+    yield (
+        "| method | bits | group | layer loss | perplexity | KL to dense | seconds | artifact MB | its perplexity "
+        "| measured |"
+    )
+    yield "|---|---|---|---|---|---|---|---|---|---|"
+    for row in found["branches"]:
+        made = row["artifact"]
+        speed = interval(made["measured_speedup"], made["measured_low"], made["measured_high"], 2)
+        yield (
+            f"| {row['method']} | {row['bits']} | {row['group']} | {row['layer_loss']:.5f} "
+            f"| {interval(row['perplexity'], *row['perplexity_interval'], 2)} | {row['kl']:.4f} | {row['seconds']:.0f} "
+            f"| {made['bytes'] / 1e6:.1f} | {made['perplexity']:.2f} | {speed} |"
+        )
+
+
+def artifacts(found: Figures) -> Iterator[str]:
+    """An encoder in every precision."""
+    yield "| weights | ranges | form | MB | ms | measured | STS-B Spearman | worst error |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for row in found["artifacts"]:
+        speed = interval(row["measured_speedup"], row["measured_low"], row["measured_high"], 2)
+        static = row.get("quantize") == "int8_static"
+        quality = interval(*(100 * value for value in (row["spearman"], *row["spearman_interval"])), 2)
+        yield (
+            f"| {row.get('quantize', 'float32')} | {row.get('ranges', 'minmax') if static else '-'} "
+            f"| {row.get('form', 'qdq') if static else '-'} | {row['bytes'] / 1e6:.1f} | {row['milliseconds']:.2f} "
+            f"| {speed} | {quality} | {row['worst_error']:.2g} |"
+        )
+
+
+def exporters(found: Figures) -> Iterator[str]:
+    """Every exporter on models of every kind; times compare within a runtime alone."""
+    whole = {(row["model"], row["kind"]): row.get("milliseconds") for row in found["rows"] if row["quantize"] == "none"}
+    yield "| model | exporter | weights | MB | speed of its runtime's float32 | worst error |"
+    yield "|---|---|---|---|---|---|"
+    for row in found["rows"]:
+        told = f"| {row['model']} | {row['kind']} | {row['quantize'].replace('none', '-')} | "
+        if "refused" in row:
+            yield f"{told}refused: {' '.join(row['refused'].split())} | | |"
+            continue
+        beside = whole[row["model"], "huggingface" if row["kind"] == "compressed_tensors" else row["kind"]]
+        speed = "not timed" if row["milliseconds"] is None else f"{beside / row['milliseconds']:.2f}x"
+        yield f"{told}{row['bytes'] / 1e6:.1f} | {speed} | {row['worst_error']:.2g} |"
