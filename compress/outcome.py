@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from compress import store
-from compress.contract import FLOAT, Part
+from compress.contract import FLOAT, MASKS, Part
 from compress.errors import CompressError
 from compress.evaluate import layer_similarity
 from compress.exports import Export, export, on_target, quality
@@ -86,10 +86,10 @@ def _branch(run: Run, leaf: Node, state: State) -> dict[str, Any]:
     rows = [store.row_of(run.folder(node)) for node in chain]
     scores = quality(run.folder(leaf), state.model, state)
     before = {name.replace("quality", BEFORE): found for name, found in scores.items()}
-    shaped = [node for node in chain if Part.SHAPE in node.step.do.touches]
-    if shaped and shaped[-1] is not leaf:
-        earlier = run.state(shaped[-1])
-        found = quality(run.folder(shaped[-1]), earlier.model, earlier)
+    pruned_by = [node for node in chain if Part.SHAPE in (do := node.step.do).touches or MASKS in do.provides]
+    if pruned_by and pruned_by[-1] is not leaf:
+        earlier = run.state(pruned_by[-1])
+        found = quality(run.folder(pruned_by[-1]), earlier.model, earlier)
         before = {name.replace("quality", BEFORE): one for name, one in found.items()}
     taken = [row["figures"] for row in rows if row["kept"]]
     pruned: dict[str, Any] = next((figures for figures in taken[::-1] if "promised" in figures), {})

@@ -260,7 +260,9 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
 
 def test_a_plan_raises_the_share_of_zeros_and_proves_after_each_step_that_they_stayed(plan: dict) -> None:
     result = compress(plan=plan)
-    steps = result.report["branches"][0]["steps"]
+    branch = result.report["branches"][0]
+    assert branch["quality_before_recovery"] != branch["quality"]
+    steps = branch["steps"]
     told = [step["figures"]["zeros"] for step in steps]
     assert [round(one["share"], 2) for one in told] == [0.5, 0.5, 0.75, 0.75]
     assert all(one["filled"] == {} for one in told)
