@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from benchmarks.harness import read
-from benchmarks.tables import quantization, recovery, sparse, structured
+from benchmarks.tables import compound, quantization, recovery, sparse, structured
 from benchmarks.tables.words import Figures
 
 PAGE = Path(__file__).parents[1] / "README.md"
@@ -25,6 +25,10 @@ SUITES: dict[str, tuple[str, Callable[[Figures], Iterator[str]]]] = {
     "structured-decoder-stories15m": (
         "stories15M with fewer parameters by several ways, equal recovery",
         structured.decoder,
+    ),
+    "compound-encoder": (
+        "SST-2: MiniLM-L6 with everything at once, against dense float32 and its best precision",
+        compound.compound,
     ),
     "recovery-encoder": ("SST-2: MiniLM-L6 pruned by `ziplm`, recovered by several losses", recovery.recovered),
     "recovery-decoder-stories15m": (

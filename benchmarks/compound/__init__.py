@@ -1,0 +1,1 @@
+"""How fast and how small everything together makes a model."""

@@ -1,0 +1,105 @@
+"""SST-2: MiniLM-L6 with everything at once against dense float32: fewer words, narrower layers, int8, all distilled.
+
+    python -m benchmarks.compound.encoder [--data DATA] [--model DENSE] [--steps 1000] [--speedups 2 3 ...]
+
+`--data` is a folder with sst2/train.tsv and sst2/dev.tsv of GLUE (gluebenchmark.com); HF_COMPRESS_DATA is its default.
+`--model` is one that is fine-tuned already. Tokens that no text uses are dropped, ZipLM prunes from one speed-up to the
+next with recovery between, and each model is then trained on the grid of its int8 artifact. What is to be claimed is
+chosen by accuracy on a split of train, and dev is only reported on. Artifacts of one runtime are timed in turn in one
+process, on one thread, beside the dense model in its own precisions. A killed run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import folder_of, options, record
+from benchmarks.recovery.encoder import TASK, data, framed
+from compress import Target, compress
+from compress.checkpoint import load
+from compress.data import Data, DataOptions
+from compress.evaluate import evaluate
+from compress.evaluate.opened import Opened
+from compress.measure import Ratio, apart, measure, speedup
+from compress.runtimes import open_artifact
+
+SPEEDUPS = (2, 3, 4, 5, 6, 8, 10, 13, 17)  # of the structure alone, before int8
+LOSSES = {"hidden": 1, "logits": {"weight": 1, "temperature": 2}}
+EXPORTS = {"onnx": ("none", "int8_static", "int8_dynamic"), "openvino": ("none", "int8")}
+LARGE_BATCH = 32
+
+
+def plan(given: argparse.Namespace) -> dict[str, Any]:
+    """The dense model, and beside it one that goes from speed-up to speed-up, each trained on its grid in the end."""
+    start: list[Any] = [] if given.model else [{"finetune": {"epochs": 1}, "id": "tuned"}]
+    first = {"after": ["tuned"] if start else []}
+    recovery = {"steps": given.steps, "learning_rate": 1e-4, "losses": LOSSES, "validate_every": given.steps // 4}
+    stage = [
+        {"calibrate": {"samples": 512}},
+        {"ziplm": {"search": "spdy", "search_trials": 25}},
+        {"distill": recovery},
+    ]
+    grid = {"steps": given.grid_steps, "learning_rate": 5e-5, "qat": {}, "validate_every": given.grid_steps // 2}
+    passes = [
+        *start,
+        {"calibrate": {}, "id": "dense", **first},
+        {"vocabulary": {}, **first},
+        {"gradual": {"speedups": given.speedups, "passes": stage}},
+        {"distill": {**recovery, **grid}},
+    ]
+    exports = [{kind: {"quantize": precision}} for kind, precisions in EXPORTS.items() for precision in precisions]
+    return {**framed(given, passes), "export": ["huggingface", *exports]}
+
+
+def rows_of(branch: dict[str, Any], given: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The figures of each artifact of a branch at batch 1, and its accuracy on the split that choices are made by."""
+    model, tokenizer = load(folder_of(branch, "huggingface"), TASK)
+    texts = Data.open(DataOptions.model_validate(data(given.data)), tokenizer, TASK)
+    for artifact in branch["artifacts"]:
+        if artifact["kind"] == "huggingface":
+            continue
+        opened = Opened(open_artifact(Path(artifact["path"]), Target()), model.config)
+        yield {
+            "model": branch["name"],
+            "structure": branch["promised_speedup"] or 1,
+            **{key: artifact[key] for key in ("path", "runtime", "precision", "bytes", "milliseconds", "factors")},
+            "batch_1": [artifact[f"measured_{key}"] for key in ("speedup", "low", "high")],
+            "accuracy": artifact["quality"]["accuracy"],
+            "accuracy_interval": artifact["quality_interval"]["accuracy"],
+            "validation_accuracy": evaluate(opened, texts, TASK, split="validation")["accuracy"].value,
+        }
+
+
+def large_batch(rows: list[dict[str, Any]]) -> Iterator[Ratio]:
+    """How many times faster than the first row each is at a large batch; those of another runtime, of another run."""
+    target, times = Target(batch=LARGE_BATCH, sequence=128), {}
+    for runtime in dict.fromkeys(row["runtime"] for row in rows):
+        paths = [Path(row["path"]) for row in rows if row["runtime"] == runtime]
+        times |= zip(paths, measure(paths, target.model_copy(update={"runtime": runtime}), seconds=180.0), strict=True)
+    dense = times[Path(rows[0]["path"])]
+    for row in rows:
+        compared = speedup if row["runtime"] == rows[0]["runtime"] else apart
+        yield compared(dense, times[Path(row["path"])])
+
+
+def main() -> None:
+    """Run the plan and write results/compound-encoder.json."""
+    parser = options(__doc__, "compound")
+    parser.add_argument("--model", help="a model that is fine-tuned already, so that it need not be done here")
+    parser.add_argument("--steps", type=int, default=1000, help="of recovery, for each speed-up")
+    parser.add_argument("--grid-steps", type=int, default=400, help="of training on the grid, for each model")
+    parser.add_argument("--speedups", type=float, nargs="+", default=SPEEDUPS, help="of the structure alone")
+    given = parser.parse_args()
+    report = compress(plan=plan(given), out=given.out).report
+    rows = [row for branch in report["branches"] for row in rows_of(branch, given)]
+    for row, ratio in zip(rows, large_batch(rows), strict=True):
+        row[f"batch_{LARGE_BATCH}"] = list(ratio)
+        del row["path"]
+    record("compound-encoder", {"steps": given.steps, "grid_steps": given.grid_steps, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
