@@ -36,6 +36,10 @@ SUITES: dict[str, tuple[str, Callable[[Figures], Iterator[str]]]] = {
         recovery.shortened,
     ),
     "recovery-decoder-smollm2": ("The same for SmolLM2-135M", recovery.shortened),
+    "recovery-self-data-smollm2": (
+        "SmolLM2-135M-Instruct without a quarter of its blocks, trained on GSM8K's answers or on its own",
+        recovery.own_answers,
+    ),
     "recovery-chunked": (
         "Losses of a large vocabulary without its logits: forward and backward pass",
         recovery.chunked,

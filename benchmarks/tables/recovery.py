@@ -37,6 +37,29 @@ def shortened(found: Figures) -> Iterator[str]:
         )
 
 
+def own_answers(found: Figures) -> Iterator[str]:
+    """A decoder without some blocks, trained on two kinds of answers."""
+    dense, answers = found["dense"], found["answers"]
+    whole = answers["rewritten"] + sum(answers["kept"].values())
+    kept = ", ".join(f"{count} kept for {reason}" for reason, count in answers["kept"].items())
+    yield (
+        f"{found['questions']} questions, {found['epochs']:g} epochs. Of {whole} answers {answers['rewritten']} were "
+        f"rewritten{', ' if kept else ''}{kept}. Perplexity of the data's own answers: dense "
+        f"{dense['perplexity']:.2f}, pruned {found['pruned']['perplexity']:.1f}; on the other text: dense "
+        f"{dense['perplexity_elsewhere']:.1f}."
+    )
+    yield ""
+    yield "| trained | perplexity | deviation | on the other text | deviation | kept of dense | agreement | seeds |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for row in found["rows"]:
+        yield (
+            f"| {row['way']} | {row['perplexity']:.2f} | {row['spread']:.2f} | {row['perplexity_elsewhere']:.1f} "
+            f"| {row['spread_elsewhere']:.1f} "
+            f"| {100 * dense['perplexity_elsewhere'] / row['perplexity_elsewhere']:.0f} % "
+            f"| {100 * row['agreement']:.1f} % | {row['seeds']} |"
+        )
+
+
 def chunked(found: Figures) -> Iterator[str]:
     """Losses without logits."""
     yield f"{found['tokens']:,} tokens, {found['classes']:,} classes, width {found['width']}, float32, one thread."

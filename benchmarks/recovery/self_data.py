@@ -1,0 +1,102 @@
+"""An instruction-tuned decoder without a quarter of its blocks, trained on a data set's answers or on its own.
+
+    python -m benchmarks.recovery.self_data --model MODEL --name smollm2 --source gsm8k/train.jsonl
+        --test gsm8k/test.jsonl --other wikitext2/wiki.test.tokens [--rows 256] [--epochs 2] [--seeds 0]
+
+`--model` is its folder. Questions with answers lie below `--data`, for which HF_COMPRESS_DATA stands; `--other` is a
+text on which nothing is trained, where what is forgotten shows. Both ways see the same questions for as many epochs. A
+killed run goes on where it was, and seeds can be added to a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+from statistics import mean, stdev
+from typing import Any
+
+from transformers import AutoConfig
+
+from benchmarks.harness import folder_of, options, record
+from benchmarks.structured.decoder import elsewhere
+from compress import compress
+
+WAYS = {"fine-tuned on the data's answers": "pruned", "on its own answers (self-data)": "rewritten"}
+TEST_ROWS = 100
+
+
+def plan(given: argparse.Namespace) -> dict[str, Any]:
+    """One pruned model, trained on either kind of answers with every seed."""
+    blocks = round(0.25 * AutoConfig.from_pretrained(given.model).num_hidden_layers)
+    recipe = {"epochs": given.epochs, "batch_size": 8, "learning_rate": 2e-4, "losses": {"task": 1}}
+    ways = [
+        {"distill": {**recipe, "seed": seed}, "id": f"{start}-{seed}", "after": start}
+        for seed in given.seeds
+        for start in WAYS.values()
+    ]
+    return {
+        "model": given.model,
+        "task": "text-generation",
+        "data": {
+            "source": str(given.data / given.source),
+            "test": str(given.data / given.test),
+            "text": "question",
+            "label": "answer",
+            "max_length": 384,
+            "train_rows": given.rows,
+            "validation_rows": given.rows // 8,
+            "test_rows": TEST_ROWS,
+        },
+        "passes": [
+            {"drop_blocks": {"remove": blocks, "score": "influence", "first_token": False}, "id": "pruned"},
+            {"self_data": {"tokens": 200}, "id": "rewritten", "after": "pruned"},
+            *ways,
+        ],
+        "export": ["huggingface"],
+    }
+
+
+def row_of(way: str, branches: list[dict[str, Any]], forgotten: list[float]) -> dict[str, Any]:
+    """The figures of one way over its seeds; `forgotten` are its perplexities on the other text."""
+    reached = [branch["quality"]["perplexity"] for branch in branches]
+    return {
+        "way": way,
+        "perplexity": mean(reached),
+        "spread": stdev(reached) if len(reached) > 1 else 0.0,
+        "perplexity_elsewhere": mean(forgotten),
+        "spread_elsewhere": stdev(forgotten) if len(forgotten) > 1 else 0.0,
+        "agreement": mean(branch["quality"]["top1_agreement"] for branch in branches),
+        "seeds": len(branches),
+        "seconds": mean(branch["steps"][-1]["seconds"] for branch in branches),
+    }
+
+
+def main() -> None:
+    """Run the plan and write results/recovery-self-data-NAME.json."""
+    parser = options(__doc__, "self-data", language_model=True)
+    parser.add_argument("--test", required=True)
+    parser.add_argument("--other", required=True)
+    parser.add_argument("--rows", type=int, default=256, help="questions to train on")
+    parser.add_argument("--epochs", type=float, default=2.0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    given = parser.parse_args()
+    report = compress(plan=plan(given), out=given.out).report
+    other, rows = given.data / given.other, []
+    for way, start in WAYS.items():
+        branches = [branch for branch in report["branches"] if branch["name"].rpartition("-")[0] == start]
+        rows.append(row_of(way, branches, [elsewhere(folder_of(one, "huggingface"), other) for one in branches]))
+    steps = [step for branch in report["branches"] for step in branch["steps"] if step["pass"] == "self_data"]
+    dense = {"perplexity": report["baseline"]["quality"]["perplexity"]}
+    dense["perplexity_elsewhere"] = elsewhere(given.model, other)
+    figures = {
+        "questions": given.rows,
+        "epochs": given.epochs,
+        "dense": dense,
+        "pruned": {"perplexity": report["branches"][0]["quality_before_recovery"]["perplexity"]},
+        "answers": {key: steps[0]["figures"][key] for key in ("rewritten", "kept")},
+        "rows": rows,
+    }
+    record(f"recovery-self-data-{given.name}", figures)
+
+
+if __name__ == "__main__":
+    main()
