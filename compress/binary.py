@@ -20,10 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from compress.bits import pack, seen_product, signs_product, unpack
+from compress.bits import pack, unpack
 from compress.codes import Elastic, Signs, binary, signs
 from compress.errors import LayoutError
 from compress.layout import Layout, own_record, record_of
+from compress.sparse import gpu  # noqa: F401  # define the operators
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,12 +55,11 @@ class PackedLinear(nn.Module):
         self.bias, self.read = bias, read
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out); bits are counted on the CPU, elsewhere and in exports they are floats again."""
+        """(..., in) -> (..., out)."""
         codes, step = self.read(x)
         if _counts(x):
-            rows = pack(codes.reshape(-1, self.in_features))
-            unsigned = self.read.unsigned
-            whole = seen_product(rows, self.bits) if unsigned else signs_product(rows, self.bits, self.in_features)
+            rows = codes.reshape(-1, self.in_features)
+            whole = _seen(rows, self.bits) if self.read.unsigned else _signs(rows, self.bits)
             whole = whole.view(*x.shape[:-1], -1).to(x.dtype)
         else:
             whole = F.linear(codes, unpack(self.bits, self.in_features).to(codes.dtype))
@@ -104,11 +104,11 @@ class BinaryAttention(nn.Module):
         """Each (batch, heads, sequence, places), `mask` what is added to scores; (batch, sequence, heads, places)."""
         (q, of_q), (k, of_k), (v, of_v) = self.queries(query), self.keys(key), self.values(value)
         counts = self.packed and _counts(query)
-        whole = signs_product(pack(q), pack(k), q.shape[-1]).to(q.dtype) if counts else q @ k.mT
+        whole = _signs(q, pack(k)).to(q.dtype) if counts else q @ k.mT
         scores = whole * (of_q * of_k * scaling)
         scores = scores if mask is None else scores + mask
         seen, step = (0.5 * (signs(scores) + 1), 1.0) if self.weights is None else self.weights(scores.softmax(-1))
-        whole = seen_product(pack(seen), pack(v.mT.contiguous())).to(v.dtype) if counts else seen @ v
+        whole = _seen(seen, pack(v.mT)).to(v.dtype) if counts else seen @ v
         return (whole * (of_v * step)).transpose(1, 2).contiguous()
 
 
@@ -169,7 +169,7 @@ def pack_(model: PreTrainedModel) -> None:
         if module.weight.device.type != "meta":
             with torch.no_grad():
                 sign, scale = binary(module.weight)
-            shell.bits = nn.Parameter(pack(sign).to(sign.device), requires_grad=False)
+            shell.bits = nn.Parameter(pack(sign), requires_grad=False)
             shell.scale = nn.Parameter(scale, requires_grad=False)
         model.set_submodule(name, shell)
 
@@ -200,9 +200,21 @@ def _finished(whole: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     return whole * scale if bias is None else whole * scale + bias
 
 
+def _signs(codes: Tensor, bits: Tensor) -> Tensor:
+    """Signs (..., m, count) times signs in bits (..., n, bytes): (..., m, n)."""
+    product: Tensor = torch.ops.hf_compress.signs_product(pack(codes), bits, codes.shape[-1])
+    return product
+
+
+def _seen(codes: Tensor, bits: Tensor) -> Tensor:
+    """Ones and zeros (..., m, count) times signs in bits (..., n, bytes): (..., m, n)."""
+    product: Tensor = torch.ops.hf_compress.seen_product(pack(codes), bits)
+    return product
+
+
 def _counts(x: Tensor) -> bool:
-    """Whether bits can be counted here."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    """Whether bits can be counted here; on other devices, and in exports, which have no such node, they are floats."""
+    return x.device.type in ("cpu", "cuda") and not torch.compiler.is_exporting()
 
 
 def _empty(rows: int, width: int) -> tuple[nn.Parameter, nn.Parameter]:

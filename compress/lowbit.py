@@ -8,7 +8,8 @@ OneBit puts after each product is left out: without it a model begins as the nea
 
 Codes are whole numbers as floats, stored as planes of bits: signs one plane, ternary codes one for 1 and one for -1.
 Stored and trained, the very same product is computed, so that both give the same bits. What is gained is size: each
-call makes floats of the codes again.
+call makes floats of the codes again. Signs alone have a kernel on NVIDIA GPUs that reads the bits themselves; it is for
+sixteen-bit numbers, sums in float32 and rounds once, so there both are equal but for rounding.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from compress.bits import pack, unpack
 from compress.codes import signs, through
 from compress.errors import LayoutError
 from compress.layout import Layout, own_record, record_of
+from compress.sparse.gpu import HALVES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,6 +66,10 @@ class StoredLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
+        if self.inner is not None and _reads_bits(x):
+            bits = self.bits.squeeze(0)
+            signed: Tensor = torch.ops.hf_compress.signs_linear(x * self.inner, bits, self.outer, self.bias)
+            return signed
         return product(x, unpacked(self.bits, self.in_features).to(x.dtype), self.outer, self.inner, self.bias)
 
 
@@ -71,6 +77,11 @@ def product(x: Tensor, codes: Tensor, outer: Tensor, inner: Tensor | None, bias:
     """``((x * inner) codes^T) * outer + bias``; codes (out, in)."""
     whole = F.linear(x if inner is None else x * inner, codes) * outer
     return whole if bias is None else whole + bias
+
+
+def _reads_bits(x: Tensor) -> bool:
+    """Whether the kernel that reads bits may multiply x; it has no gradient and no node in exports."""
+    return x.is_cuda and x.dtype in HALVES and not x.requires_grad and not torch.compiler.is_exporting()
 
 
 def ternary(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,7 +157,7 @@ def store_(model: PreTrainedModel) -> None:
         if not module.weight.is_meta:
             with torch.no_grad():
                 codes, outer = module.coded()
-            shell.bits = nn.Parameter(packed(codes, module.method).to(codes.device), requires_grad=False)
+            shell.bits = nn.Parameter(packed(codes, module.method), requires_grad=False)
             shell.outer = nn.Parameter(outer.detach(), requires_grad=False)
             if module.inner is not None:
                 shell.inner = nn.Parameter(module.inner.detach(), requires_grad=False)

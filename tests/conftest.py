@@ -18,6 +18,8 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tests.card import card, emulated, lanes  # noqa: F401  # fixtures
+
 ENCODER = {
     "hidden_size": 24,
     "num_attention_heads": 3,

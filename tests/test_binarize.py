@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from compress import checkpoint
-from compress.binary import BinaryLinear, PackedLinear, binarize_, pack_
+from compress.binary import BinaryAttention, BinaryLinear, PackedLinear, binarize_, pack_
 from compress.bits import pack, seen_product, signs_product, unpack
-from compress.codes import Elastic, binary, fitting, signs
+from compress.codes import Elastic, Signs, binary, fitting, signs
 from compress.contract import Part
 from compress.errors import LayoutError, PlanError
 from compress.families import layout_of
@@ -24,6 +26,7 @@ from exporters import EXPORTERS
 from passes import PASSES
 from passes.distillation.compare import Comparison
 from passes.quantization.binarize import Binarize
+from tests.card import Card
 from tests.conftest import TINY
 from tests.paper import state_of
 from tests.test_distill import make_state
@@ -133,6 +136,25 @@ def test_a_stored_model_computes_what_was_trained_bit_for_bit(trained, tmp_path)
     packed = [module for module in loaded.modules() if isinstance(module, PackedLinear)]
     assert len(packed) == 3 * 6
     assert all(one.bits.dtype == torch.uint8 and one.bits.shape[1] == -(-one.in_features // 8) for one in packed)
+
+
+def test_on_a_gpu_kernels_count_the_bits_of_layers_and_attention(trained, card) -> None:
+    model, _, inputs = trained
+    with torch.no_grad():
+        expected = model(**inputs)[0]
+        pack_(model)
+        with card:
+            assert torch.equal(model(**inputs)[0], expected)
+    attentions = sum(isinstance(module, BinaryAttention) for module in model.modules())
+    seen = sum(isinstance(module, PackedLinear) and module.read.unsigned for module in model.modules())
+    assert Counter(card.asked) == {"signs_product": 3 * 6 - seen + attentions, "seen_product": seen + attentions}
+
+
+def test_on_a_gpu_no_float_is_made_of_a_bit() -> None:
+    with FakeTensorMode(), torch.device("cuda"), Card() as card:
+        layer = PackedLinear(40, 6, None, Signs())
+        met = layer(torch.empty(2, 3, 40))
+    assert (met.shape, met.device.type, card.asked) == ((2, 3, 6), "cuda", ["signs_product"])
 
 
 def test_padding_is_not_seen(trained) -> None:

@@ -30,22 +30,6 @@ POISON = 12345.0
 SUMMED = 2**-18  # of the sum of magnitudes, what rounding sums of float32 may cost
 
 
-@pytest.fixture(scope="session")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
-    """The kernels compiled for the CPU."""
-    if shutil.which("g++") is None:
-        pytest.skip("no g++ to compile the kernels for the CPU")
-    flags = ("-O1", "-std=c++20", "-fPIC", "-shared", "-w", f"-I{Path(__file__).parent}", "-x", "c++")
-    return Kernels(built(tmp_path_factory.mktemp("emulated"), ("g++", *flags)))
-
-
-@pytest.fixture(params=["rising", "falling"])
-def lanes(emulated: Kernels, request: pytest.FixtureRequest) -> Kernels:
-    """The kernels, their lanes run in both orders."""
-    emulated.library.hf_compress_emulated_order(int(request.param == "falling"))
-    return emulated
-
-
 class Watched:
     """Calls a kernel with its result poisoned; what it reads outside of what it was given fails."""
 
@@ -160,12 +144,6 @@ def test_the_largest_numbers_and_not_a_number(lanes, kind: torch.dtype) -> None:
     exact = x[:2].double() @ weight.double().T
     assert bool(((met[:2].double() - exact).abs() <= 2**-9 * (x[:2].double() @ weight.double().abs().T))[fits].all())
     assert met[2].isnan().all()
-
-
-def test_bits_are_packed_alike_on_every_device() -> None:
-    for shape in ((3, 1), (2, 5, 17), (4, 64)):
-        codes = draw(1, *shape)
-        assert torch.equal(gpu.pack_signs(codes), counting.pack(codes))
 
 
 @pytest.mark.parametrize("kind", HALVES, ids=str)

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from compress import checkpoint
 from compress.contract import Part
@@ -30,6 +32,7 @@ from compress.runtimes import RUNTIMES, open_artifact
 from compress.target import Target
 from passes.distillation.compare import Comparison
 from passes.quantization.lowbit import Lowbit
+from tests.card import Card
 from tests.conftest import TINY, assert_one_model
 from tests.paper import state_of
 from tests.test_distill import make_state
@@ -135,6 +138,26 @@ def test_a_decoder_writes_with_its_cache_what_it_writes_without(method: str) -> 
     inputs = {name: value[:1] for name, value in TINY["llama"].example().items()}
     cached, uncached = (model.generate(**inputs, **words, use_cache=use) for use in (True, False))
     assert torch.equal(cached, uncached)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32], ids=str)
+def test_on_a_gpu_signs_of_sixteen_bit_models_are_read_as_bits(method: str, kind: torch.dtype, monkeypatch) -> None:
+    floats = []
+    monkeypatch.setattr("compress.lowbit.unpacked", lambda bits, count: torch.empty(bits.shape[1], count))
+    monkeypatch.setattr("compress.lowbit.product", lambda x, *_: floats.append(x))
+    with FakeTensorMode(), torch.device("cuda"):
+        layer = StoredLinear(40, 6, None, method)
+        outer, inner = (nn.Parameter(torch.empty(width, dtype=kind), requires_grad=False) for width in (6, 40))
+        layer.outer, layer.inner = outer, inner if method == "onebit" else None
+        x = torch.empty(2, 3, 40, dtype=kind)
+        with Card() as card:
+            met = layer(x)
+            if (method, kind) == ("onebit", torch.bfloat16):
+                assert (met.shape, met.dtype, met.device.type) == ((2, 3, 6), kind, "cuda")
+                assert (card.asked, floats) == (["signs_linear"], [])
+                layer(x.requires_grad_())  # the kernel has no gradient
+            assert (len(card.asked), len(floats)) == (int(met is not None), 1)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -23,9 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness import record
+from compress.bits import pack
 from compress.errors import TargetError
 from compress.replay import captured, elapsed
-from compress.sparse import gpu
+from compress.sparse import gpu  # noqa: F401  # define the operators
 from compress.sparse.device import kernels_on
 from compress.sparse.formats import Bitmap
 from compress.sparse.semi import SemiInt4
@@ -81,7 +82,7 @@ def ways(weight: Tensor, density: float | None) -> Iterator[tuple[str, Product, 
     if weight.shape[0] % 32 == 0 and weight.shape[1] % 64 == 0:
         theirs = torch.sparse.to_sparse_semi_structured(halved)
         yield "torch_2_4", partial(F.linear, weight=theirs), size * 9 // 8
-    bits, scale = gpu.pack_signs(weight), weight.float().abs().mean(1)
+    bits, scale = pack(weight), weight.float().abs().mean(1)
     yield "signs", _of("signs_linear", {"bits": bits, "scale": scale}), bits.numel() + 4 * len(bits)
 
 

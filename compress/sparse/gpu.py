@@ -75,13 +75,6 @@ def counted_product(kernels: Kernels, a: Tensor, b: Tensor, count: int | None) -
     return result
 
 
-def pack_signs(codes: Tensor) -> Tensor:
-    """`compress.bits.pack` on the device that codes (..., count) are on: (..., bytes)."""
-    places = torch.tensor([1 << place for place in range(8)], dtype=torch.uint8, device=codes.device)
-    found = F.pad((codes > 0).to(torch.uint8), (0, -codes.shape[-1] % 8)).unflatten(-1, (-1, 8))
-    return (found * places).sum(-1, dtype=torch.uint8)
-
-
 def _prepared(x: Tensor, width: int, kind: torch.dtype, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Rows of x, filled up with zeros to a width, and the bias, as the kernels read them."""
     rows = x.detach().reshape(-1, x.shape[-1]).to(kind)
@@ -153,15 +146,19 @@ def _seen_card(seen: Tensor, values: Tensor) -> Tensor:
     return _seen(seen, values) if kernels is None else counted_product(kernels, seen, values, None)
 
 
-library.impl("bitmap_linear", _bitmap_card, "CUDA")
-for _name, _anywhere, _card in (
-    ("semi_int4_linear", _semi, _semi_card),
-    ("signs_linear", _signs_linear, _signs_linear_card),
-    ("signs_product", _signs, _signs_card),
-    ("seen_product", _seen, _seen_card),
-):
-    library.impl(_name, _anywhere, "CompositeExplicitAutograd")
+CARD = {  # what computes each operator on a GPU
+    "bitmap_linear": _bitmap_card,
+    "semi_int4_linear": _semi_card,
+    "signs_linear": _signs_linear_card,
+    "signs_product": _signs_card,
+    "seen_product": _seen_card,
+}
+for _name, _card in CARD.items():
     library.impl(_name, _card, "CUDA")
+library.impl("semi_int4_linear", _semi, "CompositeExplicitAutograd")
+library.impl("signs_linear", _signs_linear, "CompositeExplicitAutograd")
+library.impl("signs_product", _signs, "CompositeExplicitAutograd")
+library.impl("seen_product", _seen, "CompositeExplicitAutograd")
 library.impl("signs_product", counting.signs_product, "CPU")
 library.impl("seen_product", counting.seen_product, "CPU")
 
