@@ -24,7 +24,8 @@ from transformers.pytorch_utils import Conv1D
 from compress.bits import pack, unpack
 from compress.codes import signs, through
 from compress.errors import LayoutError
-from compress.layout import Layout, own_record, record_of
+from compress.layout import Layout
+from compress.record import own_record, record_of
 from compress.sparse.gpu import HALVES
 
 if TYPE_CHECKING:
