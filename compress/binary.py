@@ -6,7 +6,9 @@ arXiv:2203.06390), or codes of a learned step and shift, 1 and 0 where no value 
 BiT takes one mean for a whole matrix; rows of their own serve both here.
 
 In training a product is one of floats that happen to be whole numbers, exact up to 2^24; stored, bits are counted. Both
-give the same number and what follows is the same arithmetic, so that both models give the same bits.
+give the same number and what follows is the same arithmetic, so that both models give the same bits. Activations of
+more bits are counted plane by plane where weights are read; where an attention multiplies them with one another they
+stay floats.
 
 Attention is transformers' own module with another function for its middle: of BiBERT, a token sees those whose score
 isn't negative, all alike; of BiT, the softmax is brought to 1 and 0.
@@ -59,8 +61,8 @@ class PackedLinear(nn.Module):
         """(..., in) -> (..., out)."""
         codes, step = self.read(x)
         if _counts(x):
-            rows = codes.reshape(-1, self.in_features)
-            whole = _seen(rows, self.bits) if self.read.unsigned else _signs(rows, self.bits)
+            rows, (low, high) = codes.reshape(-1, self.in_features), self.read.range
+            whole = _signs(rows, self.bits) if low == -high else _whole(rows, self.bits, low, high)
             whole = whole.view(*x.shape[:-1], -1).to(x.dtype)
         else:
             whole = F.linear(codes, unpack(self.bits, self.in_features).to(codes.dtype))
@@ -104,7 +106,7 @@ class BinaryAttention(nn.Module):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
         """Each (batch, heads, sequence, places), `mask` what is added to scores; (batch, sequence, heads, places)."""
         (q, of_q), (k, of_k), (v, of_v) = self.queries(query), self.keys(key), self.values(value)
-        counts = self.packed and _counts(query)
+        counts = self.packed and self.queries.bits == 1 and _counts(query)
         whole = _signs(q, pack(k)).to(q.dtype) if counts else q @ k.mT
         scores = whole * (of_q * of_k * scaling)
         scores = scores if mask is None else scores + mask
@@ -120,11 +122,11 @@ def attend(
     return module.binary(query, key, value, attention_mask, scaling), None
 
 
-def binarize_(model: PreTrainedModel, layout: Layout, method: Method, embeddings: bool) -> None:
+def binarize_(model: PreTrainedModel, layout: Layout, method: Method, embeddings: bool, bits: int = 1) -> None:
     """Make the modules of all blocks binary, in place, and record it; weights are kept, to be trained.
 
-    `embeddings` says whether the table of tokens becomes so too; norms, positions and heads stay as they are. Raises
-    LayoutError where the model is no encoder, or its attention can't be another.
+    `embeddings` says whether the table of tokens becomes so too, `bits` how many activations have; norms, positions and
+    heads stay as they are. Raises LayoutError where the model is no encoder, or its attention can't be another.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.activations import ACT2CLS
@@ -153,7 +155,16 @@ def binarize_(model: PreTrainedModel, layout: Layout, method: Method, embeddings
     if embeddings:
         model.get_input_embeddings().__class__ = BinaryEmbedding
     model.config._attn_implementation = ATTENTION
-    own_record(model)["binary"] = {"method": method, "embeddings": embeddings}
+    own_record(model)["binary"] = {"method": method, "embeddings": embeddings, "bits": bits}
+    activate_(model, bits)
+
+
+def activate_(model: PreTrainedModel, bits: int) -> None:
+    """Let the activations of a binary model have so many bits, in place, and record it."""
+    for module in model.modules():
+        if isinstance(module, Elastic):
+            module.bits = bits
+    own_record(model)["binary"]["bits"] = bits
 
 
 def pack_(model: PreTrainedModel) -> None:
@@ -211,6 +222,14 @@ def _seen(codes: Tensor, bits: Tensor) -> Tensor:
     """Ones and zeros (..., m, count) times signs in bits (..., n, bytes): (..., m, n)."""
     product: Tensor = torch.ops.hf_compress.seen_product(pack(codes), bits)
     return product
+
+
+def _whole(codes: Tensor, bits: Tensor, low: int, high: int) -> Tensor:
+    """Whole numbers from `low` to `high` (m, count) times signs in bits (n, bytes): (m, n), plane by plane."""
+    above = (codes - low).to(torch.uint8)
+    planes = range((high - low).bit_length())
+    found = sum((_seen(above >> plane & 1, bits) * 2**plane for plane in planes), start=torch.zeros(()))
+    return found + low * _seen(torch.ones_like(codes[:1]), bits) if low else found
 
 
 def _counts(x: Tensor) -> bool:

@@ -34,7 +34,7 @@ def binary(rows: Tensor) -> tuple[Tensor, Tensor]:
 class Signs(nn.Module):
     """Codes that are signs."""
 
-    unsigned = False
+    bits, range = 1, (-1, 1)
 
     def forward(self, values: Tensor) -> tuple[Tensor, Tensor | float]:
         """The codes, and what one of them is worth."""

@@ -20,6 +20,7 @@ from compress.contract import Part
 from compress.errors import LayoutError, PlanError
 from compress.families import layout_of
 from compress.plan import Plan, Tables
+from compress.record import record_of
 from compress.runtimes import RUNTIMES, open_artifact
 from compress.target import Target
 from exporters import EXPORTERS
@@ -138,6 +139,23 @@ def test_a_stored_model_computes_what_was_trained_bit_for_bit(trained, tmp_path)
     assert all(one.bits.dtype == torch.uint8 and one.bits.shape[1] == -(-one.in_features // 8) for one in packed)
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_activations_of_more_bits_are_counted_in_planes_to_the_same_bits(bits: int, tmp_path) -> None:
+    model, inputs = TINY["bert"].build(), TINY["bert"].example()
+    binarize_(model, layout_of(model), "bit", embeddings=True, bits=bits)
+    with torch.no_grad(), fitting(model):
+        model(**inputs)
+    with torch.no_grad():
+        expected = model(**inputs)[0]
+        one = model.get_submodule("encoder.layer.0.intermediate.dense")
+        codes, _ = one.read(draw(bits, 3, one.in_features))
+        assert len(codes.unique()) > 2
+        pack_(model)
+        assert torch.equal(model(**inputs)[0], expected)
+        checkpoint.save(model, tmp_path / "saved")
+        assert torch.equal(type(model).from_pretrained(tmp_path / "saved").eval()(**inputs)[0], expected)
+
+
 def test_on_a_gpu_kernels_count_the_bits_of_layers_and_attention(trained, card) -> None:
     model, _, inputs = trained
     with torch.no_grad():
@@ -146,7 +164,7 @@ def test_on_a_gpu_kernels_count_the_bits_of_layers_and_attention(trained, card) 
         with card:
             assert torch.equal(model(**inputs)[0], expected)
     attentions = sum(isinstance(module, BinaryAttention) for module in model.modules())
-    seen = sum(isinstance(module, PackedLinear) and module.read.unsigned for module in model.modules())
+    seen = sum(isinstance(module, PackedLinear) and module.read.range == (0, 1) for module in model.modules())
     assert Counter(card.asked) == {"signs_product": 3 * 6 - seen + attentions, "seen_product": seen + attentions}
 
 
@@ -224,6 +242,15 @@ def test_it_learns_and_tells_what_it_counted(task: str, method: str, tmp_path) -
     assert not any(isinstance(module, BinaryLinear) for module in after.model.modules())
 
 
+def test_activations_may_keep_the_bits_of_the_last_stage(tmp_path) -> None:
+    (after,) = Binarize(stages=(8, 4), steps=20, **SHORT).run(make_state(tmp_path, "text-classification"))
+    figures = after.figures
+    assert [stage["bits"] for stage in figures["stages"]] == [8, 4]
+    counted = figures["float_operations"]["before"] - figures["float_operations"]["after"]
+    assert figures["bit_operations"] == 4 * counted > 0
+    assert record_of(after.model.config)["binary"]["bits"] == 4
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_killed_run_resumes_to_the_same_bits(method: str, tmp_path) -> None:
     def run(folder: str):
@@ -250,6 +277,6 @@ def test_a_plan_knows_that_nothing_may_follow_and_stages_go_down(tmp_path) -> No
     assert problems({"binarize": {"method": "bibert"}}) == []
     assert any("has fixed the number format" in problem for problem in problems("binarize", "distill"))
     assert Binarize().touches == Part.VALUES | Part.FORMAT
-    for wrong in ({"stages": [2, 4, 1]}, {"stages": [4, 2]}, {"stages": [1], "method": "bibert"}):
+    for wrong in ({"stages": [2, 4, 1]}, {"stages": []}, {"stages": [1], "method": "bibert"}):
         with pytest.raises(PlanError, match="stages"):
             Plan.read({**head, "passes": [{"binarize": wrong}]}, Tables(PASSES, EXPORTERS))

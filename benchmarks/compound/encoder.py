@@ -23,13 +23,13 @@ from compress.checkpoint import load
 from compress.data import Data, DataOptions
 from compress.evaluate import evaluate
 from compress.evaluate.opened import Opened
-from compress.measure import Ratio, apart, measure, speedup
-from compress.runtimes import open_artifact
+from compress.measure import Timing, apart, measure, speedup
+from compress.runtimes import open_artifact, runtime_of
 
 SPEEDUPS = (2, 3, 4, 5, 6, 8, 10, 13, 17)  # of the structure alone, before int8
 LOSSES = {"hidden": 1, "logits": {"weight": 1, "temperature": 2}}
 EXPORTS = {"onnx": ("none", "int8_static", "int8_dynamic"), "openvino": ("none", "int8")}
-LARGE_BATCH = 32
+BATCHES = (1, 32)
 
 
 def plan(given: argparse.Namespace) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def plan(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def rows_of(branch: dict[str, Any], given: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The figures of each artifact of a branch at batch 1, and its accuracy on the split that choices are made by."""
+    """What each artifact of a branch is by itself, with its accuracy on the split that choices are made by."""
     model, tokenizer = load(folder_of(branch, "huggingface"), TASK)
     texts = Data.open(DataOptions.model_validate(data(given.data)), tokenizer, TASK)
     for artifact in branch["artifacts"]:
@@ -65,24 +65,25 @@ def rows_of(branch: dict[str, Any], given: argparse.Namespace) -> Iterator[dict[
         yield {
             "model": branch["name"],
             "structure": branch["promised_speedup"] or 1,
-            **{key: artifact[key] for key in ("path", "runtime", "precision", "bytes", "milliseconds", "factors")},
-            "batch_1": [artifact[f"measured_{key}"] for key in ("speedup", "low", "high")],
+            "runtime": runtime_of(Path(artifact["path"])).name,
+            **{key: artifact[key] for key in ("path", "precision", "bytes")},
             "accuracy": artifact["quality"]["accuracy"],
             "accuracy_interval": artifact["quality_interval"]["accuracy"],
             "validation_accuracy": evaluate(opened, texts, TASK, split="validation")["accuracy"].value,
         }
 
 
-def large_batch(rows: list[dict[str, Any]]) -> Iterator[Ratio]:
-    """How many times faster than the first row each is at a large batch; those of another runtime, of another run."""
-    target, times = Target(batch=LARGE_BATCH, sequence=128), {}
+def timed(rows: list[dict[str, Any]], batch: int) -> Iterator[dict[str, Any]]:
+    """Each row's time, and how many times faster it is than the first; those of another runtime, of another process."""
+    times: dict[Path, Timing] = {}
     for runtime in dict.fromkeys(row["runtime"] for row in rows):
         paths = [Path(row["path"]) for row in rows if row["runtime"] == runtime]
-        times |= zip(paths, measure(paths, target.model_copy(update={"runtime": runtime}), seconds=180.0), strict=True)
+        target = Target(runtime=runtime, batch=batch, sequence=128)
+        times |= zip(paths, measure(paths, target, seconds=120.0), strict=True)
     dense = times[Path(rows[0]["path"])]
     for row in rows:
-        compared = speedup if row["runtime"] == rows[0]["runtime"] else apart
-        yield compared(dense, times[Path(row["path"])])
+        found, compared = times[Path(row["path"])], speedup if row["runtime"] == rows[0]["runtime"] else apart
+        yield {"milliseconds": found.milliseconds, "speedup": list(compared(dense, found))}
 
 
 def main() -> None:
@@ -95,8 +96,10 @@ def main() -> None:
     given = parser.parse_args()
     report = compress(plan=plan(given), out=given.out).report
     rows = [row for branch in report["branches"] for row in rows_of(branch, given)]
-    for row, ratio in zip(rows, large_batch(rows), strict=True):
-        row[f"batch_{LARGE_BATCH}"] = list(ratio)
+    for batch in BATCHES:
+        for row, found in zip(rows, timed(rows, batch), strict=True):
+            row[f"batch_{batch}"] = found
+    for row in rows:
         del row["path"]
     record("compound-encoder", {"steps": given.steps, "grid_steps": given.grid_steps, "rows": rows})
 

@@ -26,7 +26,8 @@ class Binarize(TrainingOptions, Pass):
     `bibert` (Qin et al., "BiBERT", 2022) takes signs, lets a token see those whose score isn't negative, and matches
     the directions of queries, keys and values. `bit` (Liu et al., "BiT", 2022) learns steps and shifts, takes ReLU for
     the activation, and comes down in stages, each trained as long as the options say, with the stage before as its
-    teacher. Norms, positions and heads stay in floats. What comes out is packed and can't be trained any more.
+    teacher; with `stages: [4]` activations keep 4 bits. Norms, positions and heads stay in floats. What comes out is
+    packed and can't be trained any more.
     """
 
     requires: ClassVar[frozenset[Fact]] = frozenset({TEACHER})
@@ -34,7 +35,7 @@ class Binarize(TrainingOptions, Pass):
 
     method: Literal["bibert", "bit"] = "bit"
     stages: tuple[Literal[8, 4, 2, 1], ...] | None = Field(
-        default=None, description="bit: bits of activations in each stage, 1 in the last; left out, 4, 2, 1"
+        default=None, description="bit: bits of activations in each stage, those of the last to stay; left out, 4, 2, 1"
     )
     embeddings: bool = Field(default=True, description="whether the table of tokens is binary as well")
     learning_rate: float = Field(
@@ -50,8 +51,8 @@ class Binarize(TrainingOptions, Pass):
             return self
         if self.method != "bit":
             raise ValueError(f"stages are for method: bit, met method: {self.method}")
-        if self.stages != tuple(sorted(set(self.stages), reverse=True)) or self.stages[-1:] != (1,):
-            raise ValueError(f"met stages: {list(self.stages)}; expected fewer bits from stage to stage, down to 1")
+        if not self.stages or self.stages != tuple(sorted(set(self.stages), reverse=True)):
+            raise ValueError(f"met stages: {list(self.stages)}; expected fewer bits from stage to stage")
         return self
 
     def run(self, state: State) -> Iterator[State]:
@@ -85,7 +86,7 @@ class Binarize(TrainingOptions, Pass):
             "skipped": {"embeddings": reason} if reason else {},
             "stored_bytes": {"before": size, "after": stored_bytes(model)},
             "float_operations": {"before": whole, "after": left},
-            "bit_operations": whole - left,
+            "bit_operations": stages[-1]["bits"] * (whole - left),
         }
         yield state
 
@@ -98,13 +99,12 @@ class Binarize(TrainingOptions, Pass):
 
     def _set(self, state: State, bits: int) -> None:
         """Let activations have so many bits, and choose their steps by the values of one batch."""
-        from compress.codes import Elastic, fitting
+        from compress.binary import activate_
+        from compress.codes import fitting
         from compress.data.calibration import calibration
         from compress.statistics import frozen
 
-        for module in state.model.modules():
-            if isinstance(module, Elastic):
-                module.bits = bits
+        activate_(state.model, bits)
         with frozen(state.model), fitting(state.model):
             for batch in calibration(state.data, self.batch_size, self.batch_size):
                 state.model(**{name: part.to(state.model.device) for name, part in batch.items()})
