@@ -221,7 +221,9 @@ def test_nvcc_compiles_every_kernel_once(tmp_path: Path) -> None:
         path = built(tmp_path, device.command(*capability))
         assert path == built(tmp_path, ("false",)) or path.exists()
         symbols = subprocess.run(["nm", "-D", path], capture_output=True, text=True, check=True).stdout
-        assert {f"hf_compress_{name}" for name in ("bitmap", "semi", "signs_linear", "counted")} <= set(symbols.split())
+        assert {f"hf_compress_{name}" for name in ("bitmap", "bsr", "semi", "signs_linear", "counted")} <= set(
+            symbols.split()
+        )
     assert len(list(tmp_path.iterdir())) == 2
 
 
