@@ -210,14 +210,14 @@ def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
     except CompressError as error:
         return {"error": str(error)}
     calls: list[Callable[[], Any]] = []
-    for session in sessions:
-        inputs = session.example(target.batch, target.sequence)
-        if target.generate is None:
-            calls.append(partial(session, inputs))
-        else:
-            calls.append(partial(session.generate, inputs["input_ids"], target.generate))
     bounds = {name: request[name] for name in ("seconds", "rounds", "seed")}
     try:
+        for session in sessions:
+            inputs = session.example(target.batch, target.sequence)
+            if target.generate is None:
+                calls.append(session.ready(inputs))
+            else:
+                calls.append(partial(session.generate, inputs["input_ids"], target.generate))
         return {"samples": interleave(calls, **bounds, warm=target.generate is None)}
     except CompressError as error:
         return {"error": str(error)}

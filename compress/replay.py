@@ -26,7 +26,7 @@ def captured(call: Callable[[], Any]) -> Callable[[], None]:
     with torch.cuda.graph(graph):
         held = call()  # its memory is the graph's
 
-    def replay(kept: Any = held) -> None:
+    def replay(kept: Any = (call, held)) -> None:  # what it reads and writes must stay where it is
         graph.replay()
 
     return replay

@@ -175,6 +175,13 @@ def test_on_a_gpu_no_float_is_made_of_a_bit() -> None:
     assert (met.shape, met.device.type, card.asked) == ((2, 3, 6), "cuda", ["signs_product"])
 
 
+def test_a_compiled_layer_counts_bits_without_a_break() -> None:
+    layer, x = PackedLinear(40, 6, None, Signs()), draw(1, 2, 3, 40)
+    layer.bits.data, layer.scale.data = pack(draw(2, 6, 40)), draw(3, 6).abs()
+    with torch.no_grad():
+        assert torch.equal(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), layer(x))
+
+
 def test_padding_is_not_seen(trained) -> None:
     model, _, inputs = trained
     mask = inputs["attention_mask"].bool()

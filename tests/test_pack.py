@@ -19,6 +19,8 @@ from compress.families import layout_of
 from compress.plan import Plan, Tables
 from compress.record import record_of
 from compress.runtimes import open_artifact
+from compress.sparse.bsr import Bsr
+from compress.sparse.formats import Bitmap
 from compress.sparse.modules import SparseLinear, as_nodes
 from compress.sparse.semi import SemiInt4
 from compress.target import Target
@@ -310,7 +312,7 @@ def test_on_a_gpu_formats_of_sixteen_bits_are_timed_and_packed(tmp_path, monkeyp
         return {way: dict.fromkeys(packed, took) for way, took in {"packed": 1.0, "dense": 3.0}.items()}
 
     monkeypatch.setattr(gate, "milliseconds_on_gpu", timed)
-    for options, kind in (({}, "bitmap"), ({"format": "semi_int4"}, "semi_int4")):
+    for options, kind in (({}, "bitmap"), ({"format": "semi_int4"}, "semi_int4"), ({"format": "bsr"}, "bsr")):
         state, inputs = state_of(TINY["llama"], tmp_path / kind), TINY["llama"].example()
         (state,) = PASSES["sparsify"](runs={"keep": 2, "of": 4}, method="magnitude", samples=8).run(state)
         exact = answer(state.model, inputs)
@@ -323,9 +325,31 @@ def test_on_a_gpu_formats_of_sixteen_bits_are_timed_and_packed(tmp_path, monkeyp
         checkpoint.save(state.model, tmp_path / kind / "saved")
         loaded = type(state.model).from_pretrained(tmp_path / kind / "saved", dtype=torch.bfloat16).eval()
         ours, theirs = (dict(one.named_parameters()) for one in (state.model, loaded))
-        held = {name for name in ours if name.endswith((".values", ".scale", ".codes", ".positions", ".bits"))}
+        held = {
+            name for name in ours if name.endswith((".values", ".scale", ".codes", ".positions", ".bits", ".tiles"))
+        }
         assert held
         assert all(torch.equal(ours[name], theirs[name]) for name in held)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse BSR")
+def test_tiles_of_torch_are_timed_where_they_fill_the_matrix_and_the_rows() -> None:
+    weight, bias = torch.zeros(64, 128), torch.ones(64)
+    weight[:16, 32:48] = 1
+    layers = {"whole": (weight, bias), "cut": (weight[:, :-1], bias), "single": (weight, bias)}
+    packed = {name: Bsr.pack(one) for name, (one, _) in layers.items()} | {"single": Bitmap.pack(weight)}
+    calls = gate.tiled_calls(packed, layers, 32)
+    assert calls.keys() == {"whole"}
+    x = torch.randn(32, 128)
+    torch.testing.assert_close(calls["whole"](x), torch.nn.functional.linear(x, weight, bias))
+    assert gate.tiled_calls(packed, layers, 7) == {}
+
+
+def test_on_a_gpu_tiles_are_for_zeros_in_tiles() -> None:
+    tiles = torch.eye(4).repeat_interleave(16, 0).repeat_interleave(16, 1)
+    singles = (torch.arange(64 * 64).view(64, 64) % 7 == 0).float()
+    for matrix, kind in ((tiles, Bsr), (singles, Bitmap)):
+        assert type(Pack()._packed(matrix, "cuda", None)) is kind
 
 
 def test_options_that_do_not_suit_the_device_are_told(tmp_path) -> None:
@@ -333,7 +357,9 @@ def test_options_that_do_not_suit_the_device_are_told(tmp_path) -> None:
     with pytest.raises(TargetError, match="format 'semi_int4' on device 'cpu'; expected auto or bitmap or blocks"):
         list(Pack(format="semi_int4").run(state))
     state.target = state.target.model_copy(update={"device": "cuda"})
-    with pytest.raises(TargetError, match="format 'blocks' on device 'cuda'; expected auto or bitmap or semi_int4"):
+    with pytest.raises(
+        TargetError, match="format 'blocks' on device 'cuda'; expected auto or bitmap or bsr or semi_int4"
+    ):
         list(Pack(format="blocks").run(state))
     with pytest.raises(TargetError, match="values 'float32' on device 'cuda'"):
         list(Pack(values="float32").run(state))

@@ -27,6 +27,7 @@ from compress.bits import pack
 from compress.errors import TargetError
 from compress.replay import captured, elapsed
 from compress.sparse import gpu  # noqa: F401  # define the operators
+from compress.sparse.bsr import SIDES, Bsr
 from compress.sparse.device import kernels_on
 from compress.sparse.formats import Bitmap
 from compress.sparse.semi import SemiInt4
@@ -74,6 +75,10 @@ def ways(weight: Tensor, density: float | None) -> Iterator[tuple[str, Product, 
         kept = weight * (torch.rand(weight.shape, device=weight.device) < density)
         packed = Bitmap.pack(kept)
         yield "bitmap", _of("bitmap_linear", packed.tensors()), packed.bytes
+        for side in SIDES:
+            tiles = Bsr.pack(tiled(weight, density, side), side)
+            outputs = weight.shape[0]
+            yield f"bsr_{side}", _of("bsr_linear", tiles.tensors(), outputs), tiles.bytes
         return
     yield "dense", partial(F.linear, weight=weight), 2 * size
     halved = two_of_four(weight)
@@ -90,6 +95,8 @@ def matrix_of(name: str, weight: Tensor, density: float | None) -> Tensor:
     """The dense matrix, in float32, that a way multiplies by; drawn as `ways` draws where the seed is the same."""
     if name == "bitmap" and density is not None:
         return (weight * (torch.rand(weight.shape, device=weight.device) < density)).float()
+    if name.startswith("bsr_") and density is not None:
+        return tiled(weight, density, int(name.removeprefix("bsr_"))).float()
     if name == "semi_int4":
         return SemiInt4.pack(two_of_four(weight)).unpack().float()
     if name == "torch_2_4":
@@ -97,6 +104,14 @@ def matrix_of(name: str, weight: Tensor, density: float | None) -> Tensor:
     if name == "signs":
         return torch.where(weight > 0, 1.0, -1.0) * weight.float().abs().mean(1, keepdim=True)
     return weight.float()
+
+
+def tiled(weight: Tensor, density: float, side: int) -> Tensor:
+    """The matrix with that share of its tiles."""
+    rows, columns = weight.shape
+    generator = torch.Generator().manual_seed(side)
+    kept = torch.rand(-(-rows // side), -(-columns // side), generator=generator).to(weight.device) < density
+    return weight * kept.repeat_interleave(side, 0).repeat_interleave(side, 1)[:rows, :columns]
 
 
 def two_of_four(weight: Tensor) -> Tensor:
@@ -176,9 +191,9 @@ def drawn(shape: tuple[int, int], seed: int) -> Tensor:
     return torch.randn(*shape, device="cuda", dtype=KIND)
 
 
-def _of(name: str, held: Mapping[str, Tensor]) -> Product:
+def _of(name: str, held: Mapping[str, Tensor], *more: int) -> Product:
     operator = getattr(torch.ops.hf_compress, name)
-    return lambda x: operator(x, *held.values(), None)
+    return lambda x: operator(x, *held.values(), *more, None)
 
 
 def draw(figures: Mapping[str, Any], path: Path) -> None:

@@ -78,6 +78,7 @@ SUITES: dict[str, tuple[str, Callable[[Figures], Iterator[str]]]] = {
         sparse.packed,
     ),
     "gpu-kernels": ("Kernels for NVIDIA GPUs, by shape, density and rows", sparse.gpu_kernels),
+    "gpu-decoders": ("Whole decoders on an NVIDIA GPU, by format and batch", sparse.gpu_decoders),
     "cost": ("Cost of statistics, database and search, and of starting up", structured.cost),
     "cost-mpnet": ("The same for MPNet-base, 109 M parameters", structured.cost),
     "cost-smollm2": ("The same for SmolLM2-135M", structured.cost),

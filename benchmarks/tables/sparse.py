@@ -98,3 +98,16 @@ def gpu_kernels(found: Figures) -> Iterator[str]:
             f"| {dense[tuple(row[one] for one in places)] / took:.2f} "
             f"| {100 * row['bytes'] / (took / 1e3) / speed:.0f} % | {row['worst_error']:.1e} |"
         )
+
+
+def gpu_decoders(found: Figures) -> Iterator[str]:
+    """Whole decoders on a GPU, each way beside the dense one."""
+    yield f"{found['card']}. Tokens a second over the whole batch; a step is a replayed graph, dense and packed alike."
+    yield ""
+    yield "| decoder | batch | way | tokens/s | of dense |"
+    yield "|---|---|---|---|---|"
+    dense = {(row["decoder"], row["batch"]): row["tokens_a_second"] for row in found["rows"] if row["way"] == "dense"}
+    for row in found["rows"]:
+        speed = row["tokens_a_second"]
+        gain = speed / dense[row["decoder"], row["batch"]]
+        yield f"| {row['decoder']} | {row['batch']} | {row['way']} | {speed:.1f} | {gain:.2f}x |"

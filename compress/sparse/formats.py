@@ -78,7 +78,7 @@ class Bitmap(Format):
     def pack(cls, weight: Tensor) -> Self:
         """Store a matrix (out, in)."""
         kept = weight != 0
-        return cls(_shape(weight), words(kept, 1), _starts(kept.sum(1)), weight[kept])
+        return cls(_shape(weight), words(kept, 1), starts_of(kept.sum(1)), weight[kept])
 
     def unpack(self) -> Tensor:
         """The matrix (out, in), zeros and all."""
@@ -101,7 +101,7 @@ class Bitmap(Format):
         kept = codes(self.bits, 1)
         if kept[:, self.shape[1] :].any():
             return f"bits are set past its {self.shape[1]} inputs"
-        agree = torch.equal(_starts(kept.sum(1)), self.starts) and int(self.starts[-1]) == len(self.values)
+        agree = torch.equal(starts_of(kept.sum(1)), self.starts) and int(self.starts[-1]) == len(self.values)
         return "" if agree else "its rows don't begin where its bits say"
 
 
@@ -138,7 +138,7 @@ class Blocks(Format):
         order = [part.argsort(descending=True, stable=True) + CHUNK * i for i, part in enumerate(counts.split(CHUNK))]
         slots = torch.cat(order)
         lengths = counts[slots].view(-1, SIDE).amax(1)
-        starts = _starts(lengths)
+        starts = starts_of(lengths)
         found = kept[slots].nonzero()  # (blocks, 2): slot and place
         first = counts[slots].cumsum(0) - counts[slots]
         slot = found[:, 0]
@@ -270,6 +270,6 @@ def _shape(matrix: Tensor) -> tuple[int, int]:
     return matrix.shape[0], matrix.shape[1]
 
 
-def _starts(counts: Tensor) -> Tensor:
+def starts_of(counts: Tensor) -> Tensor:
     """Where each row's entries begin, and where the last one's end."""
     return F.pad(counts.cumsum(0), (1, 0)).to(torch.int32)

@@ -8,12 +8,14 @@ torch. None has a gradient.
 from __future__ import annotations
 
 from ctypes import c_long
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from compress import bits as counting
+from compress.sparse.bsr import Bsr
 from compress.sparse.device import Kernels, kernels_on
 from compress.sparse.formats import WORD, Bitmap
 from compress.sparse.ops import NAMESPACE, library
@@ -23,6 +25,10 @@ HALVES = (torch.bfloat16, torch.float16)
 ALIGNED = 16  # bytes that are loaded at once
 
 library.define("semi_int4_linear(Tensor x, Tensor codes, Tensor positions, Tensor scale, Tensor? bias) -> Tensor")
+library.define(
+    "bsr_linear(Tensor x, Tensor order, Tensor starts, Tensor places, Tensor tiles, int outputs, Tensor? bias) "
+    "-> Tensor"
+)
 library.define("signs_linear(Tensor x, Tensor bits, Tensor scale, Tensor? bias) -> Tensor")
 library.define("signs_product(Tensor a, Tensor b, int count) -> Tensor")
 library.define("seen_product(Tensor seen, Tensor values) -> Tensor")
@@ -48,6 +54,17 @@ def semi_int4_product(kernels: Kernels, x: Tensor, packed: SemiInt4, bias: Tenso
         sizes = (_is_half(rows), len(rows), packed.shape[0], packed.width, packed.group)
         held = (_aligned(packed.codes), _aligned(packed.positions), packed.scale.contiguous())
         kernels("semi", result, *sizes, rows, *held, bias)
+    return result.view(*x.shape[:-1], -1)
+
+
+def bsr_product(kernels: Kernels, x: Tensor, packed: Bsr, bias: Tensor | None = None) -> Tensor:
+    """``x W^T + bias`` of x (..., in), in the tiles' type: (..., out)."""
+    rows, bias = _prepared(x, packed.width, packed.tiles.dtype, bias)
+    result = rows.new_empty(len(rows), packed.shape[0])
+    if result.numel():
+        sizes = (_is_half(rows), len(rows), packed.shape[0], packed.width, packed.side)
+        held = (packed.order.contiguous(), packed.starts.contiguous(), packed.places.contiguous())
+        kernels("bsr", result, *sizes, rows, *held, _aligned(packed.tiles), bias)
     return result.view(*x.shape[:-1], -1)
 
 
@@ -116,6 +133,23 @@ def _semi_card(x: Tensor, codes: Tensor, positions: Tensor, scale: Tensor, bias:
     return semi_int4_product(kernels, x, packed, bias).to(x.dtype)
 
 
+def _bsr(
+    x: Tensor, order: Tensor, starts: Tensor, places: Tensor, tiles: Tensor, outputs: int, bias: Tensor | None
+) -> Tensor:
+    weight = Bsr((outputs, x.shape[-1]), order, starts, places, tiles).unpack()
+    return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+
+
+def _bsr_card(
+    x: Tensor, order: Tensor, starts: Tensor, places: Tensor, tiles: Tensor, outputs: int, bias: Tensor | None
+) -> Tensor:
+    kernels = kernels_on(x.device)
+    if kernels is None or tiles.dtype not in HALVES:
+        return _bsr(x, order, starts, places, tiles, outputs, bias)
+    packed = Bsr((outputs, x.shape[-1]), order, starts, places, tiles)
+    return bsr_product(kernels, x, packed, bias).to(x.dtype)
+
+
 def _signs_linear(x: Tensor, bits: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     result = F.linear(x.float(), counting.unpack(bits, x.shape[-1])) * scale.float()
     return (result if bias is None else result + bias.float()).to(x.dtype)
@@ -149,6 +183,7 @@ def _seen_card(seen: Tensor, values: Tensor) -> Tensor:
 CARD = {  # what computes each operator on a GPU
     "bitmap_linear": _bitmap_card,
     "semi_int4_linear": _semi_card,
+    "bsr_linear": _bsr_card,
     "signs_linear": _signs_linear_card,
     "signs_product": _signs_card,
     "seen_product": _seen_card,
@@ -156,6 +191,7 @@ CARD = {  # what computes each operator on a GPU
 for _name, _card in CARD.items():
     library.impl(_name, _card, "CUDA")
 library.impl("semi_int4_linear", _semi, "CompositeExplicitAutograd")
+library.impl("bsr_linear", _bsr, "CompositeExplicitAutograd")
 library.impl("signs_linear", _signs_linear, "CompositeExplicitAutograd")
 library.impl("signs_product", _signs, "CompositeExplicitAutograd")
 library.impl("seen_product", _seen, "CompositeExplicitAutograd")
@@ -167,6 +203,11 @@ library.impl("seen_product", counting.seen_product, "CPU")
 @torch.library.register_fake(f"{NAMESPACE}::signs_linear")
 def _linear_shape(x: Tensor, held: Tensor, *_: Tensor) -> Tensor:
     return x.new_empty(*x.shape[:-1], held.shape[0])
+
+
+@torch.library.register_fake(f"{NAMESPACE}::bsr_linear")
+def _bsr_shape(x: Tensor, *held: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], held[4])
 
 
 @torch.library.register_fake(f"{NAMESPACE}::signs_product")

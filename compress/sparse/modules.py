@@ -12,15 +12,17 @@ from torch import Tensor, nn
 from compress.errors import ExportError, LayoutError
 from compress.record import own_record, prefix_of
 from compress.sparse import gpu, ops  # noqa: F401  # define the operators
+from compress.sparse.bsr import Bsr
 from compress.sparse.formats import Bitmap, Blocks
 from compress.sparse.semi import SemiInt4
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Stored = Bitmap | Blocks | SemiInt4  # formats that a layer can hold
-FORMATS: dict[str, type[Stored]] = {"bitmap": Bitmap, "blocks": Blocks, "semi_int4": SemiInt4}
-HALVES = {"bitmap": "values", "semi_int4": "scale"}  # tensors that may be of sixteen-bit numbers
+Stored = Bitmap | Blocks | Bsr | SemiInt4  # formats that a layer can hold
+FORMATS: dict[str, type[Stored]] = {"bitmap": Bitmap, "blocks": Blocks, "bsr": Bsr, "semi_int4": SemiInt4}
+UNTOLD = {"bsr"}  # formats whose tensors don't tell how many outputs there are
+HALVES = {"bitmap": "values", "bsr": "tiles", "semi_int4": "scale"}  # tensors that may be of sixteen-bit numbers
 DOMAIN = "hf_compress"  # of the nodes in an ONNX graph that stand for packed layers
 NODES = {"bitmap": f"{DOMAIN}::BitmapSparseLinear", "blocks": f"{DOMAIN}::BlockSparseLinear"}
 
@@ -68,7 +70,8 @@ class SparseLinear(nn.Module):
                 NODES[self.format], (x, *held), {"inputs": self.in_features}, dtype=x.dtype, shape=shape, version=1
             )
         product = getattr(torch.ops.hf_compress, f"{self.format}_linear")
-        return product(x, *self.tensors(), self.bias)
+        outputs = (self.out_features,) if self.format in UNTOLD else ()
+        return product(x, *self.tensors(), *outputs, self.bias)
 
     def extra_repr(self) -> str:
         """As a Linear tells of itself."""
@@ -113,8 +116,9 @@ def hollow_(model: PreTrainedModel, sparse: Mapping[str, Mapping[str, Any]]) -> 
         if kind is None:
             raise LayoutError(f"{name} is packed as {told.get('format')}; expected one of {', '.join(FORMATS)}")
         shape = (told["outputs"], told["inputs"])
-        hollow = SparseLinear(kind.hollow(shape, told["entries"], getattr(torch, told["values"])), layer.bias)
-        model.set_submodule(prefix + name, hollow)
+        side = {"side": told["side"]} if "side" in told else {}
+        hollow: Any = kind.hollow(shape, told["entries"], getattr(torch, told["values"]), **side)
+        model.set_submodule(prefix + name, SparseLinear(hollow, layer.bias))
     own_record(model)["sparse"] = {name: dict(told) for name, told in sparse.items()}
 
 

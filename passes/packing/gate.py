@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compress.replay import captured, elapsed
+from compress.sparse.bsr import Bsr
 from compress.sparse.modules import SparseLinear, Stored
 from compress.sparse.semi import in_fours
 
@@ -62,6 +64,16 @@ def two_of_four_calls(layers: Mapping[str, tuple[Tensor, Tensor | None]]) -> Cal
     }
 
 
+def tiled_calls(packed: Mapping[str, Stored], layers: Mapping[str, tuple[Tensor, Tensor | None]], rows: int) -> Calls:
+    """The products of torch's own tiles, for those layers packed in tiles whose sizes, and whose rows, fill them."""
+    found: dict[str, Callable[[Tensor], Tensor]] = {}
+    for name, one in packed.items():
+        if isinstance(one, Bsr) and not any(size % one.side for size in (*one.shape, rows)):
+            weight, bias = layers[name]
+            found[name] = partial(F.linear, weight=weight.to_sparse_bsr((one.side, one.side)), bias=bias)
+    return found
+
+
 def milliseconds(
     candidates: Mapping[str, Calls], inputs: Mapping[str, int], rows: int, threads: int, seconds: float
 ) -> dict[str, dict[str, float]]:
@@ -85,7 +97,7 @@ def milliseconds_on_gpu(
     kind: torch.dtype,
     seconds: float,
 ) -> dict[str, dict[str, float]]:
-    """The same on the GPU, where all compute with sixteen bits: packed, by cuBLAS, and by torch's two of four."""
+    """The same on the GPU, where all compute with sixteen bits: packed, by cuBLAS, and by torch's own zeros."""
     placed = {
         name: (weight.to("cuda", kind), None if bias is None else bias.to("cuda", kind))
         for name, (weight, bias) in layers.items()
@@ -95,6 +107,7 @@ def milliseconds_on_gpu(
         "packed": {name: module.__call__ for name, module in modules.items()},
         "dense": dense_calls(placed),
         "torch_2_4": two_of_four_calls(placed),
+        "torch_bsr": tiled_calls(packed, placed, rows) if find_spec("triton") else {},
     }
     widths = {name: one.shape[1] for name, one in packed.items()}
     with torch.inference_mode():

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from compress.target import Target
 
 BLOCK = 4  # inputs whose weights go together in `blocks`
-FORMATS = {"cpu": ("bitmap", "blocks"), "cuda": ("bitmap", "semi_int4")}  # for which a device has kernels
+FORMATS = {"cpu": ("bitmap", "blocks"), "cuda": ("bitmap", "bsr", "semi_int4")}  # for which a device has kernels
 
 
 class Pack(Pass):
@@ -26,9 +26,10 @@ class Pack(Pass):
 
     ``blocks`` holds int8 codes, four inputs at a time, and rounds weights and activations to them; it wants zeros in
     runs of four. ``bitmap`` holds single weights and computes in float32, on a GPU in bfloat16. ``semi_int4``, there,
-    wants two of four inputs zero and rounds the others to four bits with a scale for 128 inputs. Each layer is timed
+    wants two of four inputs zero and rounds the others to four bits with a scale for 128 inputs; ``bsr``, for many rows
+    at once, holds square tiles in bfloat16 and wants whole ones that are zero, 16 to 64 wide. Each layer is timed
     here, at the target's batch, sequence and threads, against the best product of torch: on a CPU of float32, and for
-    `blocks` of int8 too; on a GPU of bfloat16, and where two of four inputs are zero torch's own for those. What comes
+    `blocks` of int8 too; on a GPU of bfloat16, and torch's own for two of four zero inputs and for tiles. What comes
     out can't be trained any more. Where training was on a grid of int8 (`qat`), `blocks` has those very codes, and
     layers that stay dense stay on the grid.
     """
@@ -38,8 +39,10 @@ class Pack(Pass):
     keeps: ClassVar[frozenset[Fact]] = frozenset({GRID})
     touches: ClassVar[Part] = Part.FORMAT  # which rounding belongs to
 
-    format: Literal["auto", "bitmap", "blocks", "semi_int4"] = Field(
-        default="auto", description="auto: on a CPU blocks where nearly all zeros lie in runs of four, else bitmap"
+    format: Literal["auto", "bitmap", "blocks", "bsr", "semi_int4"] = Field(
+        default="auto",
+        description="auto: where nearly all zeros lie so, runs of four in blocks on a CPU, tiles in bsr on a GPU; else "
+        "bitmap",
     )
     values: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="bitmap: how weights are stored; auto: float32, for a GPU bfloat16"
@@ -144,11 +147,14 @@ class Pack(Pass):
         """A matrix (out, in) in the format that was asked, or that fits its zeros; by its rows' `scales` if it has."""
         import torch
 
+        from compress.sparse.bsr import Bsr, in_tiles
         from compress.sparse.formats import Bitmap, Blocks, round_rows
         from compress.sparse.semi import SemiInt4
 
         if self.format == "semi_int4":
             return SemiInt4.pack(weight)
+        if self.format == "bsr" or (self.format == "auto" and device == "cuda" and in_tiles(weight)):
+            return Bsr.pack(weight.to(torch.bfloat16))
         if self.format == "blocks" or (self.format == "auto" and device == "cpu" and in_runs(weight)):
             codes = (
                 round_rows(weight) if scales is None else ((weight / scales[:, None]).round().to(torch.int8), scales)
