@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from compress.errors import TargetError
+from compress.errors import ReachError
 
 
 def solve(losses: Sequence[np.ndarray], times: Sequence[np.ndarray], budget: float, buckets: int = 10_000) -> list[int]:
@@ -12,12 +12,12 @@ def solve(losses: Sequence[np.ndarray], times: Sequence[np.ndarray], budget: flo
 
     `losses[i]` and `times[i]` are (options,) of axis i. Time is counted in `buckets` of equal length (SPDY, Frantar &
     Alistarh 2022) and every time rounded *up*: the sum never exceeds the budget, and at most one bucket per axis is
-    wasted. Raises TargetError where even the fastest options together take longer than the budget.
+    wasted. Raises ReachError where even the fastest options together take longer than the budget.
     """
     fastest = [int(np.lexsort((loss, time))[0]) for loss, time in zip(losses, times, strict=True)]
     least = sum(float(time[option]) for time, option in zip(times, fastest, strict=True))
     if least > budget:
-        raise TargetError(f"no choice of sizes takes {budget:.4g} ms or less; the fastest takes {least:.4g} ms")
+        raise ReachError(f"no choice of sizes takes {budget:.4g} ms or less; the fastest takes {least:.4g} ms")
     if budget == 0:
         return fastest
     best = np.zeros(buckets + 1)  # best[t]: least loss of the axes so far within t buckets

@@ -14,7 +14,7 @@ from compress.contract import Options
 from compress.data import DataOptions
 from compress.errors import DataError, PlanError
 from compress.plan import Plan, Tables
-from compress.progress import console, hushed
+from compress.progress import console, hushed, say
 from compress.target import Target
 
 if TYPE_CHECKING:
@@ -88,7 +88,8 @@ def compress(
 
     Raises:
         PlanError: with every problem that can be known before a weight is loaded.
-        CompressError: for anything else the caller can mend, such as an unreachable speed-up.
+        CompressError: for anything else the caller can mend, such as a speed-up that is out of reach; where others
+            of several are not, these are made, and the report tells of it.
     """
     from compress.outcome import outcome
     from compress.processes import gather, leads
@@ -132,7 +133,7 @@ def compress(
     with hushed():
         leaves = run.go()
         if leads():
-            render(outcome(run, leaves, folder, started), folder)
+            say(render(outcome(run, leaves, folder, started), folder))
     gather()
     return Result(json.loads((folder / "report.json").read_text()), folder)
 

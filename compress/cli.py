@@ -16,6 +16,7 @@ from compress.plan import Plan, Tables, explain, mermaid, schema
 DEBUG = "--debug"
 DEMO = Path(__file__).with_name("demo.yaml")
 INTERRUPTED = 130
+LACKING = 3  # exit code of a run that has made all but what is out of reach
 FULL = (errno.ENOSPC, errno.EDQUOT)
 UsageError: Any = typer.BadParameter.__base__  # typer carries a copy of click, and doesn't export this class of it
 
@@ -37,7 +38,10 @@ Resume = Annotated[bool, typer.Option("--resume/--fresh", help="Go on from what 
 
 @app.command()
 def run(plan: PlanFile, out: Out = None, settings: Settings = None, resume: Resume = True) -> None:
-    """Compress a model as a plan says."""
+    """Compress a model as a plan says.
+
+    Where some of the models that it asks for are out of reach the others are made, and the exit code is 3.
+    """
     _compress(plan, out, settings or [], resume)
 
 
@@ -136,7 +140,7 @@ def print_schema() -> None:
 
 
 def main() -> None:
-    """Run the command line; exit with 2 for the user's mistakes, 1 for ours, 130 when interrupted."""
+    """Run the command line; exit with 2 for the user's mistakes, 1 for ours, 3 where a model is out of reach."""
     words = [word for word in sys.argv[1:] if word != DEBUG]
     sys.exit(_answer(words, debug=len(words) < len(sys.argv) - 1))
 
@@ -192,6 +196,8 @@ def _compress(path: Path, out: str | None, settings: list[str], resume: bool) ->
 
     result = compress(plan=plan, resume=resume)
     typer.echo(result.folder / "report.html")
+    if result.report["out_of_reach"]:
+        raise typer.Exit(LACKING)
 
 
 if __name__ == "__main__":

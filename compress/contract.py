@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
+    from compress.errors import ReachError
     from compress.state import State
 
 
@@ -102,8 +103,8 @@ class Pass(Options):
         """Why it can't take so many models; empty where it can."""
         return "" if models == 1 or self.merges else "takes one model; expected one name"
 
-    def run(self, state: State) -> Iterator[State]:
-        """Yield one state per name in `branches`; the state given is the pass's own to change."""
+    def run(self, state: State) -> Iterator[State | ReachError]:
+        """Yield one state per name in `branches`, or why there is none; the state given is the pass's own to change."""
         raise NotImplementedError
         yield state
 

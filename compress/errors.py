@@ -28,6 +28,17 @@ class TargetError(CompressError):
     """A device, runtime or speed-up that this machine or model can't give."""
 
 
+class ReachError(TargetError):
+    """A budget that no model keeps; `fastest` is the most times as fast that was measured, where speed was asked for.
+
+    A pass yields it in place of that model, so that the others of its models are made.
+    """
+
+    def __init__(self, message: str, fastest: float | None = None) -> None:
+        self.fastest = fastest
+        super().__init__(message)
+
+
 class TrainingError(CompressError):
     """Training that broke down: a loss that isn't a number, nothing to train."""
 

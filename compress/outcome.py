@@ -36,7 +36,7 @@ BEFORE = "quality_before_recovery"
 
 
 def outcome(run: Run, leaves: Sequence[Node], out: Path, started: float) -> dict[str, Any]:
-    """Export, measure and judge every branch; return the report."""
+    """Export, measure and judge every branch; return the report, with what is out of reach."""
     branches, made, wholes = [], [], []
     for leaf in leaves:
         state = run.state(leaf)
@@ -75,6 +75,10 @@ def outcome(run: Run, leaves: Sequence[Node], out: Path, started: float) -> dict
             **scores,
         },
         "branches": branches,
+        "out_of_reach": [
+            {"name": name, "reason": str(missed), "fastest": missed.fastest}
+            for name, missed in run.out_of_reach.items()
+        ],
     }
 
 

@@ -4,6 +4,8 @@ A node's key is the hash of its pass (name, version, options), the task, the tar
 parents' keys, down to the fingerprint of the model itself. So a second run of an edited plan redoes what changed and
 what hangs on it, and a killed run goes on where it was: finished nodes are found by their keys, and an unfinished pass
 finds its own checkpoints in its workshop.
+
+Where one of several models can't be what was asked, all that would be made of it is left out, and the others go on.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from compress import store
 from compress.contract import FACTS, MASKS, TEACHER
 from compress.data import Data
-from compress.errors import CompressError, DataError
+from compress.errors import CompressError, DataError, ReachError
 from compress.families import layout_of
 from compress.masks import zeros
 from compress.memory import release
@@ -44,11 +46,12 @@ WEIGHTS = ("*.safetensors", "config.json")
 
 @dataclass
 class Run:
-    """A plan being run: where its nodes are stored and what they share."""
+    """A plan being run: where its nodes are stored, what they share, and of which there is no model, and why."""
 
     plan: Plan
     cache: Path
     teachers: dict[str, Teacher] = field(default_factory=dict)
+    missed: dict[Node, ReachError] = field(default_factory=dict)
 
     @cached_property
     def task(self) -> Task:
@@ -96,17 +99,33 @@ class Run:
         return self.cache / "nodes" / self.key(node)
 
     def go(self) -> list[Node]:
-        """Run every node that is not stored yet, in order; return the leaves of the graph."""
+        """Run every node that is not stored yet, in order; return the leaves of the graph that have a model.
+
+        Raises ReachError where none has.
+        """
         nodes = self.plan.nodes()
         runs = [list(group) for _, group in groupby(nodes, key=lambda node: (node.number, node.parents))]
         for number, siblings in enumerate(runs, 1):
+            if gone := next((parent for parent in siblings[0].parents if parent in self.missed), None):
+                self.missed |= dict.fromkeys(siblings, self.missed[gone])
+                continue
             missing = not all(self.folder(node).exists() for node in siblings)
             gather()  # all have looked before one writes
             if missing and (leads() or siblings[0].step.do.together):
                 say(f"{siblings[0].step.name} ({number} of {len(runs)})")
                 self._run(siblings)
             gather()
-        return leaves(nodes)
+            found = {node: store.missed(self.folder(node)) for node in siblings}
+            self.missed |= {node: reason for node, reason in found.items() if reason}
+        made = [leaf for leaf in leaves(nodes) if leaf not in self.missed]
+        if not made:
+            raise ReachError("; ".join(dict.fromkeys(map(str, self.missed.values()))))
+        return made
+
+    @property
+    def out_of_reach(self) -> dict[str, ReachError]:
+        """Why there is no model, by the name of the branch that would have been of it."""
+        return {leaf.branch: self.missed[leaf] for leaf in leaves(self.plan.nodes()) if leaf in self.missed}
 
     def state(self, node: Node | None) -> State:
         """The state after a node, or the plan's model before the first."""
@@ -148,32 +167,43 @@ class Run:
         state.workshop.step.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
         for node, result in zip(siblings, step.do.run(state), strict=True):
-            result.forget_stale(step.do)
-            missing = step.do.provides - {TEACHER} - {FACTS[name] for name in result.facts}
-            if missing:
-                raise RuntimeError(f"{step.name} promised {[fact.name for fact in missing]} and did not give it")
-            if MASKS.name in result.facts:
-                result.figures["zeros"] = found = zeros(result.model, result.facts[MASKS.name])
-                if found["filled"]:
-                    raise RuntimeError(f"{step.name} promised to keep zeros and filled some: {found['filled']}")
-            row = {
-                "pass": step.name,
-                "options": step.do.model_dump(mode="json"),
-                "seconds": round(time.monotonic() - started, 2),
-                "kept": True,
-                "reason": "",
-                "figures": result.figures,
-            }
-            if step.keep_if is not None and leads():
-                before = self.state(parents[0] if parents else None)
-                row |= self._verdict(step.keep_if, before, result)
-                result = result if row["kept"] else before
-            if leads():
-                store.keep(result, self.folder(node), row)
+            if isinstance(result, ReachError):
+                say(f"{node.branch or step.name}: {result}")
+                if leads():
+                    store.miss(result, self.folder(node))
+            else:
+                self._keep(node, result, round(time.monotonic() - started, 2))
             release()
             started = time.monotonic()
         if leads():
             shutil.rmtree(state.workshop.step, ignore_errors=True)
+
+    def _keep(self, node: Node, result: State, seconds: float) -> None:
+        """Store a model that a pass has made, or with `keep_if` the better of that and the one before."""
+        step, parents = node.step, node.parents
+        result.forget_stale(step.do)
+        missing = step.do.provides - {TEACHER} - {FACTS[name] for name in result.facts}
+        if missing:
+            raise RuntimeError(f"{step.name} promised {[fact.name for fact in missing]} and did not give it")
+        if MASKS.name in result.facts:
+            result.figures["zeros"] = found = zeros(result.model, result.facts[MASKS.name])
+            if found["filled"]:
+                raise RuntimeError(f"{step.name} promised to keep zeros and filled some: {found['filled']}")
+        if not leads():
+            return
+        row = {
+            "pass": step.name,
+            "options": step.do.model_dump(mode="json"),
+            "seconds": seconds,
+            "kept": True,
+            "reason": "",
+            "figures": result.figures,
+        }
+        if step.keep_if is not None:
+            before = self.state(parents[0] if parents else None)
+            row |= self._verdict(step.keep_if, before, result)
+            result = result if row["kept"] else before
+        store.keep(result, self.folder(node), row)
 
     def _verdict(self, asked: KeepIf, before: State, after: State) -> dict[str, Any]:
         """Whether what a step made is taken, why, and the figures it was told by, as they stand in its row."""

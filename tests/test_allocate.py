@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from compress.allocate import solve
-from compress.errors import TargetError
+from compress.errors import ReachError
 
 
 def case(seed, axes=5, options=4):
@@ -67,5 +67,5 @@ def test_unequal_numbers_of_options():
 
 @pytest.mark.parametrize("budget", [0.5, -1.0])
 def test_out_of_reach_tells_the_fastest(budget):
-    with pytest.raises(TargetError, match=r"fastest takes 2 ms"):
+    with pytest.raises(ReachError, match=r"fastest takes 2 ms"):
         solve([np.zeros(2)] * 2, [np.array([1.0, 4.0])] * 2, budget)

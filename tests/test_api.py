@@ -142,6 +142,26 @@ def test_an_unreachable_speedup_names_the_fastest(world: Path, tmp_path: Path, m
         )
 
 
+@pytest.mark.parametrize("gradual", [False, True])
+def test_the_others_are_made_and_exported_where_one_speedup_is_out_of_reach(
+    gradual: bool, plan: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.setattr(latency, "SECONDS", 0.5)
+    monkeypatch.setattr(latency, "MOST_MEASURED", 3)
+    speedups, cut = {"speedups": [1.05, 500]}, {"kinds": ["columns"], "prior": "relative", "max_corrections": 1}
+    one_by_one = {"gradual": {**speedups, "passes": ["calibrate", {"ziplm": cut}]}}
+    passes = [one_by_one] if gradual else ["calibrate", {"ziplm": {**speedups, **cut}}]
+    passes.append({"distill": {"steps": 2, "batch_size": 8}})
+    result = compress(plan={**plan, "passes": passes, "export": ["huggingface"]}, out=tmp_path / "out")
+    ((name, _),) = result.models.items()
+    (missed,) = result.report["out_of_reach"]
+    assert (name, missed["name"]) == ("1.05x", "500x")
+    assert "500x is out of reach on this target" in missed["reason"]
+    assert 1 < missed["fastest"] < 500
+    assert f"500x: not made; {missed['reason']}." in (tmp_path / "out" / "report.md").read_text()
+    assert "missed: 500x (out of reach" in capfd.readouterr().err.replace("\n", " ")
+
+
 def test_a_foreign_package_of_our_name_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     import passes
 

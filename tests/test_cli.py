@@ -21,6 +21,7 @@ from compress.plan import Plan, Tables
 from exporters import EXPORTERS
 from passes import PASSES
 
+BEYOND: list[dict[str, Any]] = []  # what the runs of these tests leave out
 Call = Callable[..., tuple[int, str, str]]
 
 
@@ -53,10 +54,11 @@ def plan(tmp_path: Path) -> Path:
 def compressed(monkeypatch: Any) -> list[dict[str, Any]]:
     """Calls to `compress.api.compress`, which does nothing here; a callable put in `does` is run by it."""
     calls: list[dict[str, Any]] = []
+    BEYOND.clear()
 
     def compress(**given: Any) -> Any:
         calls.append(given)
-        return SimpleNamespace(folder=Path(given["plan"].out))
+        return SimpleNamespace(folder=Path(given["plan"].out), report={"out_of_reach": BEYOND})
 
     monkeypatch.setitem(sys.modules, "compress.api", SimpleNamespace(compress=compress))
     return calls
@@ -120,6 +122,12 @@ def test_run_hands_over_the_plan_with_what_was_set(
     call("run", plan)
     assert compressed[1]["resume"] is True
     assert compressed[1]["plan"].out == f"{tmp_path}/new"
+
+
+def test_a_run_that_left_something_out_exits_with_3(call: Call, plan: Path, compressed: list[dict[str, Any]]) -> None:
+    BEYOND.append({"name": "100x", "reason": "out of reach"})
+    code, out, _ = call("run", plan)
+    assert (code, out) == (3, f"{plan.parent}/new/report.html\n")
 
 
 def test_run_refuses_before_anything_heavy(call: Call, plan: Path, compressed: list[dict[str, Any]]) -> None:

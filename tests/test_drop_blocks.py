@@ -13,7 +13,7 @@ from pydantic import ValidationError
 import compress.measure
 from compress import checkpoint
 from compress.contract import TEACHER, Part
-from compress.errors import DataError, LayoutError, TargetError
+from compress.errors import DataError, LayoutError
 from compress.measure import Ratio
 from compress.plan import Plan
 from compress.tasks import TASKS
@@ -301,12 +301,6 @@ def test_the_fewest_removals_that_keep_each_promise(score, tmp_path, monkeypatch
         assert figures["measured"] == pytest.approx(dense / (dense - count * block))
         assert {"dense_milliseconds", "low", "high"} <= figures.keys()
         assert {"count", "measured", "low", "high"} <= figures["attempts"][0].keys()
-
-
-def test_out_of_reach_is_an_error_that_tells_the_most(tmp_path, monkeypatch):
-    Paper().install(monkeypatch)
-    with pytest.raises(TargetError, match=r"3x is out of reach.*without 2 blocks, the most that can go.*1.8x"):
-        list(DropBlocks(speedups=(3.0,), samples=8).run(state_with("bert", tmp_path)))
 
 
 def test_a_promise_that_noise_may_have_broken_is_told_as_missed(tmp_path, monkeypatch):

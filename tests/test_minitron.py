@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from compress import checkpoint
-from compress.errors import LayoutError, TrainingError
+from compress.errors import LayoutError, ReachError, TrainingError
 from compress.families import layout_of
 from compress.layout import record_of
 from passes.distillation.choice import Losses
@@ -192,9 +192,9 @@ def test_candidates_lie_near_the_budget_and_apart(share):
     assert all(shape["heads"] > 1 and 2 * shape["columns"] >= 0.8 * space.whole["columns"] for shape in found)
     shares = [[shape[name] / space.whole[name] for name in names] for shape in found]
     assert np.std(shares[0]) < min(np.std(one) for one in shares[1:])
-    with pytest.raises(LayoutError, match=r"no shape keeps 0.05 .* shrinking hidden"):
+    with pytest.raises(ReachError, match=r"no shape keeps 0.05 .* shrinking hidden"):
         space.candidates(0.05, ("hidden",), 8, 1, lambda shape: True)
-    with pytest.raises(LayoutError, match="transformers refuses every shape"):
+    with pytest.raises(ReachError, match="transformers refuses every shape"):
         space.candidates(share, names, 1, 5, lambda shape: False)
 
 

@@ -5,12 +5,14 @@ A new pass is tested by a line in `WAYS`.
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
 from compress import checkpoint
 from compress.contract import Part
-from compress.errors import LayoutError
+from compress.errors import LayoutError, ReachError
 from compress.families import layout_of
 from passes import PASSES
 from tests.conftest import TINY, assert_one_model
@@ -65,6 +67,42 @@ CASES = [
     if (step, name) not in REFUSALS
 ]
 
+BUDGETS = {"speedups", "speedup", "parameters"}  # options that a model may be unable to keep
+BEYOND = {  # what each pass with such an option is run with, what it says, and whether it tells the fastest
+    "ziplm": [
+        ({"speedups": [1.3, 100, 1.5], "prior": "relative"}, r"100x is out of reach.*fastest sizes measure", True),
+        ({"parameters": 0.01, "prior": "relative"}, "0.01 of the parameters is out of reach.*smallest sizes", False),
+    ],
+    "prune": [
+        ({"speedups": [100, 1.3], "prior": "relative"}, "100x is out of reach", True),
+        ({"parameters": 0.01, "prior": "relative"}, "0.01 of the parameters is out of reach", False),
+    ],
+    "optin": [
+        ({"speedups": [1.3, 100], "samples": 16, "groups": 3}, "100x is out of reach", True),
+        ({"parameters": 0.01, "samples": 16, "groups": 3}, "0.01 of the parameters is out of reach", False),
+    ],
+    "drop_blocks": [
+        ({"speedups": [1.05, 3], "samples": 8}, r"3x is out of reach.*without 1 blocks, the most that can go", True)
+    ],
+    "slice_hidden": [
+        ({"parameters": 0.01, "samples": 8}, "parameters 0.01 leaves no multiple of 1 of the 24 channels", False)
+    ],
+    "minitron": [
+        ({"speedup": 100, "recovery_steps": 0, "candidates": 1}, r"100x is out of reach.*fastest shape", True),
+        ({"parameters": 0.001, "recovery_steps": 0, "candidates": 1}, "no shape keeps 0.001 of the parameters", False),
+    ],
+    "puzzle": [
+        ({"speedups": [1.3, 100], "samples": 8}, "100x is out of reach", True),
+        ({"parameters": 0.01, "samples": 8}, "parameters: 0.01 at most was asked; the least", False),
+        # The third would have to differ from the others in more than it can.
+        (
+            {"parameters": 0.9, "samples": 8, "solutions": 3, "alpha": 0, "attention": [0.5], "ffn": [0.5]},
+            "differs from 2 others",
+            False,
+        ),
+    ],
+}
+
 
 @pytest.fixture
 def outcome(request, tmp_path, monkeypatch):
@@ -81,6 +119,28 @@ def test_every_pass_that_changes_a_shape_is_listed():
         name: step.touches if isinstance(step.touches, Part) else step().touches for name, step in PASSES.items()
     }
     assert {name for name, parts in touched.items() if Part.SHAPE in parts} <= set(WAYS)
+
+
+def test_every_pass_that_takes_a_budget_is_listed():
+    takers = {name for name, step in PASSES.items() if BUDGETS & step.model_fields.keys()}
+    assert takers == set(BEYOND)
+
+
+@pytest.mark.parametrize(
+    ("step", "options", "said", "timed"), [(step, *case) for step, cases in BEYOND.items() for case in cases]
+)
+def test_a_budget_out_of_reach_is_told_and_the_others_are_kept(step, options, said, timed, tmp_path, monkeypatch):
+    Paper().install(monkeypatch)
+    told = PASSES[step](**options)
+    found = list(told.run(state_of(TINY["llama"], tmp_path)))
+    assert len(found) == len(told.branches)
+    missed = [one for one in found if isinstance(one, ReachError)]
+    assert len(missed) == 1
+    assert re.search(said, str(missed[0]))
+    assert (missed[0].fastest is not None) == timed
+    for branch in found:
+        if branch is not missed[0]:
+            assert branch.figures.get("met", True)
 
 
 @pytest.mark.parametrize(("step", "name"), REFUSALS)

@@ -133,6 +133,11 @@ def missed() -> dict[str, Any]:
     return report(branch("1.5x", 1.5, 1.52), branch("2x", 2.0, 2.03), branch("3x", 3.0, 3.02), rejected)
 
 
+def beyond() -> dict[str, Any]:
+    gone = {"reason": "a speed-up of 9x is out of reach on this target; the fastest sizes measure 3.1x", "fastest": 3.1}
+    return report(branch("2x", 2.0, 2.03), out_of_reach=[{"name": "9x", **gone}, {"name": "12x", **gone}])
+
+
 def rivals() -> dict[str, Any]:
     names = ("ziplm-2x", "magnitude-2x", "random-2x", "uniform-rate-of-all-layers-2x")
     return report(*(branch(name, 2.0, 2.0 + 0.01 * place) for place, name in enumerate(names)))
@@ -182,7 +187,7 @@ def hostile() -> dict[str, Any]:
     return made
 
 
-CASES = {made.__name__: made for made in (single, missed, rivals, decoder, finetuned, hostile)}
+CASES = {made.__name__: made for made in (single, missed, beyond, rivals, decoder, finetuned, hostile)}
 
 
 class Page(HTMLParser):
@@ -269,6 +274,7 @@ def test_page_and_text_tell_the_same(case: str, tmp_path: Path) -> None:
         expected += [told.name, wording.speed(told), wording.latency(told.milliseconds), *told.quality]
         expected += [one.sha256 for one in told.artifacts] + [one.reason for one in told.steps if one.reason]
         expected += [wording.elsewhere(told, name) for name in told.quality_other] + list(wording.layers(told).values())
+    expected += [word for one in report.out_of_reach for word in (one.name, wording.limit(one), one.reason)]
     for words in expected:
         assert words in seen
         assert words in read
@@ -289,6 +295,8 @@ VERDICTS = {
     "missed": "3 of 4 promised speed-ups met on ONNX Runtime CPU; missed: 4x (3.71x [3.67, 3.75]).",
     "finetuned": "No speed-up was promised: model not measured on ONNX Runtime CPU, "
     "accuracy 0.9120 [0.8900, 0.9300], dense 0.5100.",
+    "beyond": "1 of 3 promised speed-ups met on ONNX Runtime CPU; missed: 9x (out of reach, 3.10x at most), "
+    "12x (out of reach, 3.10x at most).",
     "hostile": "2x promised, 1.20x [1.19, 1.21] measured on ONNX Runtime CPU: missed.",
 }
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from compress.contract import STATISTICS, Part, Pass
-from compress.errors import CompressError
+from compress.errors import CompressError, ReachError
 from compress.plan import Plan, Tables
 from compress.runner import Run, prepare
 from compress.state import State
@@ -70,18 +70,26 @@ class Cut(Pass):
 
 
 class Speed(Pass):
-    """Cuts columns to a share, as a pruning pass does for a speed-up."""
+    """Cuts columns to a share, as a pruning pass does for a speed-up; of more than eight there is none."""
 
     touches: ClassVar = Part.SHAPE | Part.VALUES
     requires: ClassVar = frozenset({STATISTICS})
     speedups: tuple[float, ...]
 
-    def run(self, state: State) -> Iterator[State]:
-        (speedup,) = self.speedups
-        RAN.append(f"speed {speedup:g}")
-        state.cut("encoder.layer.0.columns", range(int(1024 / speedup)))
-        state.figures = {"promised": speedup}
-        yield state
+    @property
+    def branches(self) -> tuple[str, ...]:
+        return tuple(f"{one:g}x" for one in self.speedups) if len(self.speedups) > 1 else ("",)
+
+    def run(self, state: State) -> Iterator[State | ReachError]:
+        for speedup in self.speedups:
+            RAN.append(f"speed {speedup:g}")
+            if speedup > 8:
+                yield ReachError(f"{speedup:g}x is out of reach", 8.0)
+                continue
+            branch = state.branch()
+            branch.cut("encoder.layer.0.columns", range(int(1024 / speedup)))
+            branch.figures = {"promised": speedup}
+            yield branch
 
 
 class Break(Pass):
@@ -173,6 +181,42 @@ def test_a_step_after_a_gradual_one_runs_for_each_of_its_models(run) -> None:
     assert RAN.count("shift 10") == 2
     assert [leaf.branch for leaf in each] == ["2x", "4x"]
     assert [made.state(leaf).layout.axis("encoder.layer.0.columns").units for leaf in each] == [512, 256]
+
+
+def test_what_is_out_of_reach_is_left_out_with_all_that_follows_and_the_others_are_made(run) -> None:
+    steps = "learn", {"speed": {"speedups": [2, 100, 4]}}, {"shift": {"by": [1]}}
+    made, leaves = run(*steps)
+    assert RAN == ["learn", "speed 2", "speed 100", "speed 4", "shift 1", "shift 1"]
+    assert [leaf.branch for leaf in leaves] == ["2x", "4x"]
+    again, _ = run(*steps)
+    assert RAN == []
+    for one in (made, again):
+        ((name, missed),) = one.out_of_reach.items()
+        assert (name, str(missed), missed.fastest) == ("100x", "100x is out of reach", 8.0)
+
+
+def test_a_gradual_step_ends_where_the_next_target_is_out_of_reach(run) -> None:
+    made, leaves = run(gradual(2, 100, 200), {"shift": {"by": [3]}})
+    assert RAN == ["learn", "speed 2", "shift 1", "learn", "speed 100", "shift 3"]
+    assert [leaf.branch for leaf in leaves] == ["2x"]
+    assert {name: str(missed) for name, missed in made.out_of_reach.items()} == {
+        "100x": "100x is out of reach",
+        "200x": "100x is out of reach",
+    }
+
+
+def test_a_fork_goes_on_where_another_is_out_of_reach(run) -> None:
+    fork = {"speed": {"speedups": [100]}, "after": "learn"}, {"speed": {"speedups": [2]}, "id": "two", "after": "learn"}
+    made, (leaf,) = run("learn", *fork)
+    assert leaf.branch == "two"
+    assert made.out_of_reach.keys() == {"speed"}
+
+
+def test_nothing_in_reach_is_an_error_before_the_long_steps(run) -> None:
+    for _ in range(2):
+        with pytest.raises(ReachError, match=r"^100x is out of reach; 200x is out of reach$"):
+            run("learn", {"speed": {"speedups": [100, 200]}}, "shift")
+        assert "shift 1" not in RAN
 
 
 def test_facts_are_stored_and_go_stale(run) -> None:

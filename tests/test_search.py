@@ -11,7 +11,7 @@ import torch
 
 from compress.contract import STATISTICS
 from compress.data.calibration import calibration
-from compress.errors import TargetError
+from compress.errors import ReachError
 from compress.families import layout_of
 from passes.pruning.calibrate import Calibrate
 from passes.pruning.promise import Menu
@@ -91,7 +91,7 @@ def test_nothing_over_the_budget_is_ever_judged_and_corrections_keep_what_was_le
     assert all(toy.menu.cost(sizes) <= tighter for sizes in toy.judged)
     assert len(toy.judged) < work / 2
     assert choose(toy.budget) == first or toy.loss(choose(toy.budget)) <= toy.loss(first)
-    with pytest.raises(TargetError):
+    with pytest.raises(ReachError):
         choose(least / 2)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from compress.report import wording
 from compress.report.markdown import markdown
 from compress.report.page import page
 from compress.report.schema import check
@@ -14,8 +15,8 @@ from compress.report.schema import check
 __all__ = ["check", "render"]
 
 
-def render(report: Mapping[str, Any], folder: Path) -> None:
-    """Write report.json, report.md and report.html into `folder`.
+def render(report: Mapping[str, Any], folder: Path) -> str:
+    """Write report.json, report.md and report.html into `folder`; return the outcome in one sentence.
 
     All three are drawn up before the first is written, and each appears under its name only when it is whole; raises
     DataError where the report doesn't keep to its schema.
@@ -31,3 +32,4 @@ def render(report: Mapping[str, Any], folder: Path) -> None:
         unfinished = folder / f".{name}.{os.getpid()}"
         unfinished.write_text(text, encoding="utf-8")
         unfinished.replace(folder / name)
+    return wording.verdict(checked)

@@ -67,6 +67,7 @@ def results(report: Report) -> str:
     for branch in report.branches:
         speeds = wording.promise(branch), wording.speed(branch), wording.standing(branch)
         rows.append(row(branch, branch.name, *speeds))
+    rows += [(one.name, "", wording.limit(one), "missed", "", "", "") for one in report.out_of_reach]
     return table(("model", "promised", "measured", "outcome", "latency", "parameters", "size"), rows)
 
 

@@ -152,6 +152,14 @@ class Branch(Measured, Speed):
     axes: list[Axis] = []
 
 
+class Missed(Record):
+    """A model that was asked for and is not there, as no model keeps its budget."""
+
+    name: str = Field(description="the branch that would have been of it")
+    reason: str
+    fastest: float | None = Field(None, gt=0, description="times as fast that is in reach; null: of another budget")
+
+
 class Report(Record):
     """A whole run."""
 
@@ -162,6 +170,7 @@ class Report(Record):
     seconds: float | None = Field(None, ge=0, description="the whole run")
     baseline: Measured
     branches: list[Branch]
+    out_of_reach: list[Missed] = []
 
     @field_validator("plan")
     @classmethod

@@ -9,7 +9,7 @@ import yaml
 from pydantic import JsonValue
 
 from compress.contract import FLOAT
-from compress.report.schema import Artifact, Axis, Branch, Interval, Measured, Report, Step
+from compress.report.schema import Artifact, Axis, Branch, Interval, Measured, Missed, Report, Step
 
 ABSENT = "not measured"
 NAMED = 4  # things that a sentence names
@@ -199,17 +199,23 @@ def metrics(report: Report) -> list[str]:
 def verdict(report: Report) -> str:
     """The outcome in one sentence; what was missed is said by name, the first of many."""
     promised = [branch for branch in report.branches if branch.promised_speedup is not None]
+    beyond = [f"{one.name} ({limit(one)})" for one in report.out_of_reach]
     if not promised:
         found = "; ".join(outcome(report, branch) for branch in report.branches)
+        found += f"; missed: {some(beyond)}" if beyond else ""
         return f"No speed-up was promised: {found or 'there is no compressed model'}."
-    if len(promised) == 1:
+    if len(promised) == 1 and not beyond:
         (only,) = promised
         return f"{promise(only)} promised, {measured(only)} on {where(report)}: {standing(only)}."
     met = [branch for branch in promised if branch.met]
-    if len(met) == len(promised):
-        return f"{len(met)} of {len(met)} promised speed-ups met on {where(report)}: {some(map(speed, met))}."
-    missed = [f"{promise(one)} ({speed(one)})" for one in promised if not one.met]
-    return f"{len(met)} of {len(promised)} promised speed-ups met on {where(report)}; missed: {some(missed)}."
+    missed = [*(f"{promise(one)} ({speed(one)})" for one in promised if not one.met), *beyond]
+    told = f"{len(met)} of {len(met) + len(missed)} promised speed-ups met on {where(report)}"
+    return f"{told}; missed: {some(missed)}." if missed else f"{told}: {some(map(speed, met))}."
+
+
+def limit(missed: Missed) -> str:
+    """That a model was out of reach, and how fast one can be: ``out of reach, 3.10x at most``."""
+    return "out of reach" + ("" if missed.fastest is None else f", {times(missed.fastest)} at most")
 
 
 def some(things: Iterable[str]) -> str:
@@ -229,6 +235,7 @@ def omissions(report: Report) -> list[str]:
     """What was not done, not reached or not measured, each with its cause; what branches share is told once."""
     found = [f"Dense model: {what} {ABSENT}." for what in unmeasured(report.baseline)]
     found += [f"Dense model: {warning}" for warning in doubts(report.baseline)]
+    found += [f"{one.name}: not made; {one.reason.rstrip('.')}." for one in report.out_of_reach]
     for branch in report.branches:
         if branch.promised_speedup is not None and not branch.met:
             cause = f"; {branch.cause.rstrip('.')}" if branch.cause else ""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from compress.allocate import solve
-from compress.errors import TargetError
+from compress.errors import ReachError
 
 if TYPE_CHECKING:
     from compress.measure import Ratio
@@ -34,7 +34,7 @@ class Menu:
     costs: Mapping[str, np.ndarray]
 
     def search(self, budget: float) -> Sizes:
-        """The sizes of least summed loss that cost at most `budget`; raises TargetError if none do."""
+        """The sizes of least summed loss that cost at most `budget`; raises ReachError if none do."""
         names = list(self.sizes)
         options = solve([self.losses[name] for name in names], [self.costs[name] for name in names], budget)
         return {name: self.sizes[name][option] for name, option in zip(names, options, strict=True)}
@@ -45,13 +45,13 @@ class Menu:
         return replace(self, losses={name: weight * self.losses[name] for name, weight in weights})
 
     def uniform(self, budget: float) -> Sizes:
-        """The largest share, kept alike of every axis, that costs at most `budget`; raises TargetError if none does."""
+        """The largest share, kept alike of every axis, that costs at most `budget`; raises ReachError if none does."""
         shares = {size / max(sizes) for sizes in self.sizes.values() for size in sizes}
         for share in sorted(shares, reverse=True):
             sizes = {name: self._nearest_below(name, share) for name in self.sizes}
             if self.cost(sizes) <= budget:
                 return sizes
-        raise TargetError(f"no share kept alike of every axis costs {budget:.4g} or less")
+        raise ReachError(f"no share kept alike of every axis costs {budget:.4g} or less")
 
     def fastest(self) -> Sizes:
         """The sizes that cost least."""
@@ -154,7 +154,7 @@ def pursue(
 
     `dense` and `present` are milliseconds of the dense model and of the one that will be cut. `choose` gives sizes
     that fit a budget of milliseconds, `trial` builds and measures them. The aim lies a share `tolerance` above the
-    promise, so that noise doesn't break it. `loss` judges sizes, by the menu if it is left out. Raises TargetError if
+    promise, so that noise doesn't break it. `loss` judges sizes, by the menu if it is left out. Raises ReachError if
     by table and by measurement no sizes are fast enough; if only a measurement says so, the promise may end up missed.
     """
     whole = menu.cost({name: max(sizes) for name, sizes in menu.sizes.items()})
@@ -174,15 +174,16 @@ def pursue(
         # The machine may have been slow for a moment, so the table's word is put to the test before it is passed on.
         best = attempt(fastest)
         if best.high < speedup:
-            raise TargetError(
+            raise ReachError(
                 f"a speed-up of {speedup:g}x is out of reach on this target; "
-                f"the fastest sizes measure {best.measured:.3g}x"
+                f"the fastest sizes measure {best.measured:.3g}x",
+                best.measured,
             )
 
     def within(budget: float) -> Sizes:
         try:
             return choose(budget)
-        except TargetError:
+        except ReachError:
             return fastest
 
     for _ in range(1 + corrections):

@@ -1,16 +1,19 @@
-"""What passes with the option `speedups` share: its check, names of branches, times against the dense model."""
+"""What passes that are given budgets share: checks, names of branches, times against the dense model, a model each."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 from compress.contract import VOCABULARY
+from compress.errors import ReachError
 
 if TYPE_CHECKING:
     from compress.measure import Timing
     from compress.state import State
+
+Budget = TypeVar("Budget")
 
 
 def distinct(speedups: tuple[float, ...] | None) -> tuple[float, ...] | None:
@@ -25,6 +28,16 @@ def distinct(speedups: tuple[float, ...] | None) -> tuple[float, ...] | None:
 def named_after(speedups: Sequence[float]) -> tuple[str, ...]:
     """Names of the branches of several speed-ups; a single one goes on under the name it had."""
     return tuple(f"{speedup:g}x" for speedup in speedups) if len(speedups) > 1 else ("",)
+
+
+def each(budgets: Iterable[Budget], make: Callable[[Budget], State]) -> Iterator[State | ReachError]:
+    """The model of each budget, or why there is none: one out of reach does not keep the others from being made."""
+    for budget in budgets:
+        try:
+            found: State | ReachError = make(budget)
+        except ReachError as missed:
+            found = missed
+        yield found
 
 
 def timed_as_given(state: State) -> tuple[Timing, Timing]:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from compress.contract import TEACHER, Fact, Part, Pass
-from compress.errors import DataError, LayoutError, TargetError
-from passes.pruning.speedups import distinct, named_after, timed
+from compress.errors import DataError, LayoutError, ReachError
+from passes.pruning.speedups import distinct, each, named_after, timed
 
 if TYPE_CHECKING:
     from compress.measure import Ratio
@@ -72,7 +72,7 @@ class DropBlocks(Pass):
         """One model per speed-up, named after it where there are several."""
         return named_after(self.speedups or ())
 
-    def run(self, state: State) -> Iterator[State]:
+    def run(self, state: State) -> Iterator[State | ReachError]:
         """Yield one shallower model, or one per speed-up; the figures name, in the dense model, what is gone."""
         choose, most = self.ranked(state)
         if self.speedups is None:
@@ -89,25 +89,28 @@ class DropBlocks(Pass):
                 measured[count] = dense.milliseconds, speedup(dense, candidate)
             return measured[count][1].value
 
-        for faster in self.speedups:
-            count = min(most, bisect_left(range(most + 1), faster, key=ratio))
+        def faster(times: float) -> State:
+            count = min(most, bisect_left(range(most + 1), times, key=ratio))
             milliseconds, best = measured[count]
-            if best.high < faster:
-                raise TargetError(
-                    f"a speed-up of {faster:g}x is out of reach on this target; "
-                    f"without {most} {self.parts}, the most that can go, the model measures {best.value:.3g}x"
+            if best.high < times:
+                raise ReachError(
+                    f"a speed-up of {times:g}x is out of reach on this target; "
+                    f"without {most} {self.parts}, the most that can go, the model measures {best.value:.3g}x",
+                    best.value,
                 )
-            met = best.value >= faster
-            missed = f"{faster:g}x was promised; without {most} {self.parts} the model measured {best.value:.3g}x"
+            met = best.value >= times
+            missed = f"{times:g}x was promised; without {most} {self.parts} the model measured {best.value:.3g}x"
             figures = {
                 "dense_milliseconds": milliseconds,
-                "promised": faster,
+                "promised": times,
                 "met": met,
                 **_told(best),
                 "attempts": [{"count": tried, **_told(found)} for tried, (_, found) in sorted(measured.items())],
                 "warnings": [] if met else [missed],
             }
-            yield self.shallower(state, choose, count, figures)
+            return self.shallower(state, choose, count, figures)
+
+        yield from each(self.speedups, faster)
 
     def ranked(self, state: State) -> tuple[Choose, int]:
         """What goes for each count, and the most that can; raises LayoutError where nothing can."""

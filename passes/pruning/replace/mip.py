@@ -21,7 +21,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-from compress.errors import TargetError
+from compress.errors import ReachError
 from passes.pruning.promise import Menu, Sizes
 
 Table = Sequence[np.ndarray]  # for each sub-block one number per variant, (variants,)
@@ -38,13 +38,13 @@ def choose(
     """The variant of each sub-block, by number, of least summed score within the `limits` of those `resources`.
 
     Of each of the `previous` choices at most a share `alpha` of the sub-blocks comes again. A limit is met to within
-    a ten-millionth of the largest amount. Raises TargetError where no choice meets all.
+    a ten-millionth of the largest amount. Raises ReachError where no choice meets all.
     """
     starts = np.cumsum([0, *(len(row) for row in scores)])
     for name, limit in limits.items():
         least = sum(float(row.min()) for row in resources[name])
         if least > limit * (1 + GAP) + GAP:
-            raise TargetError(f"{name}: {limit:.4g} at most was asked; the least that any choice takes is {least:.4g}")
+            raise ReachError(f"{name}: {limit:.4g} at most was asked; the least that any choice takes is {least:.4g}")
     blocks = np.repeat(np.arange(len(scores)), np.diff(starts))
     each = csr_array((np.ones(starts[-1]), (blocks, np.arange(starts[-1]))))
     constraints = [LinearConstraint(each, 1, 1)]
@@ -65,7 +65,7 @@ def choose(
     if found.x is None:
         asked = ", ".join(f"{name} at most {limit:.4g}" for name, limit in limits.items())
         apart = f" that differs from {len(previous)} others" if previous else ""
-        raise TargetError(f"no choice of variants{apart} meets all of: {asked}")
+        raise ReachError(f"no choice of variants{apart} meets all of: {asked}")
     return [int(np.argmax(found.x[start:end])) for start, end in pairwise(starts)]
 
 
@@ -83,15 +83,15 @@ class Search(Menu):
     previous: tuple[Sizes, ...] = ()
 
     def best(self) -> Sizes:
-        """The choice of least score within the limits; raises TargetError where there is none."""
+        """The choice of least score within the limits; raises ReachError where there is none."""
         return self._choose(self.losses, {}, {})
 
     def search(self, budget: float) -> Sizes:
-        """That choice among those that take at most `budget` milliseconds; raises TargetError where there is none."""
+        """That choice among those that take at most `budget` milliseconds; raises ReachError where there is none."""
         return self._choose(self.losses, {"milliseconds": self.costs}, {"milliseconds": budget})
 
     def fastest(self) -> Sizes:
-        """The choice that takes the least time within the limits; raises TargetError where there is none."""
+        """The choice that takes the least time within the limits; raises ReachError where there is none."""
         return self._choose(self.costs, {}, {})
 
     def apart_from(self, choice: Sizes) -> Search:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from compress.contract import TEACHER, Fact, Part, Pass
-from compress.errors import DataError
-from passes.pruning.speedups import distinct, named_after
+from compress.errors import DataError, ReachError
+from passes.pruning.speedups import distinct, each, named_after
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from passes.pruning.promise import Sizes
     from passes.pruning.replace.local import Library
     from passes.pruning.replace.mip import Search
+
+    Choose = Callable[[Search], tuple[Sizes, dict[str, Any]]]
 
 Offer = Annotated[float, Field(gt=0, le=1)] | Literal["linear", "none"]
 
@@ -82,7 +85,7 @@ class Puzzle(Pass):
             return tuple(str(number) for number in range(1, self.solutions + 1))
         return named_after(self.speedups)
 
-    def run(self, state: State) -> Iterator[State]:
+    def run(self, state: State) -> Iterator[State | ReachError]:
         """Yield the models chosen; figures tell each sub-block's variant, all scores and what stays of each budget."""
         from compress.data.calibration import calibration
         from passes.pruning.replace.local import library
@@ -99,10 +102,17 @@ class Puzzle(Pass):
         scores = replacement_scores(state, made.variants, unseen)
         search = self._search(state, made, scores)
         told = {"scores": made.told(scores), "local_losses": made.told(made.losses), "skipped": made.skipped}
-        for choice, figures in self._choices(state, made, search):
+
+        def solution(choose: Choose) -> State:
+            nonlocal search
+            choice, figures = choose(search)
+            if self.solutions > 1:
+                search = search.apart_from(choice)
             branch = made.built(state, choice)
             branch.figures = {**figures, **told, "kept": search.amounts(choice), "sizes": made.names(choice)}
-            yield branch
+            return branch
+
+        yield from each(self._choices(state, made), solution)
 
     def _search(self, state: State, made: Library, scores: Mapping[str, np.ndarray]) -> Search:
         """The program with the amounts that its budgets need."""
@@ -125,14 +135,15 @@ class Puzzle(Pass):
         sizes = {name: range(len(variants)) for name, variants in made.variants.items()}
         return Search(sizes, scores, times, resources, limits, self.alpha)
 
-    def _choices(self, state: State, made: Library, search: Search) -> Iterator[tuple[Sizes, dict[str, Any]]]:
-        """The number of each sub-block's variant, and figures of how it was found, once for each branch."""
+    def _choices(self, state: State, made: Library) -> list[Choose]:
+        """For each branch what gives the number of each sub-block's variant, and figures of how it was found."""
+
+        def best(search: Search) -> tuple[Sizes, dict[str, Any]]:
+            choice = search.best()
+            return choice, {"score": search.loss(choice)}
+
         if not self.speedups:
-            for _ in range(self.solutions):
-                choice = search.best()
-                yield choice, {"score": search.loss(choice)}
-                search = search.apart_from(choice)
-            return
+            return [best] * self.solutions
         from compress.measure import speedup
         from passes.pruning.promise import pursue
         from passes.pruning.speedups import timed, timed_as_given
@@ -141,7 +152,8 @@ class Puzzle(Pass):
             return speedup(*timed(state, lambda: made.built(state, choice)))
 
         dense, present = timed_as_given(state)
-        for faster in self.speedups * self.solutions:
+
+        def promised(faster: float, search: Search) -> tuple[Sizes, dict[str, Any]]:
             promise = pursue(
                 faster, search, search.search, trial,
                 dense.milliseconds, present.milliseconds, self.max_corrections, self.tolerance,
@@ -149,6 +161,6 @@ class Puzzle(Pass):
             choice, figures = promise.best.sizes, promise.figures()
             for attempt in figures["attempts"]:
                 attempt["sizes"] = made.names(attempt["sizes"])
-            yield choice, {"dense_milliseconds": dense.milliseconds, **figures}
-            if self.solutions > 1:
-                search = search.apart_from(choice)
+            return choice, {"dense_milliseconds": dense.milliseconds, **figures}
+
+        return [partial(promised, faster) for faster in self.speedups * self.solutions]

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from compress.contract import Part, Pass
-from compress.errors import LayoutError
+from compress.errors import LayoutError, ReachError
+from passes.pruning.speedups import each
 
 if TYPE_CHECKING:
     from compress.state import State
@@ -59,8 +60,12 @@ class SliceHidden(Pass):
             raise ValueError(f"hidden: {self.hidden} is the width itself; expected no alignment beside it")
         return self
 
-    def run(self, state: State) -> Iterator[State]:
+    def run(self, state: State) -> Iterator[State | ReachError]:
         """Yield the state with the sliced model; figures tell the share of energy kept before each norm."""
+        yield from each((state,), self._sliced)
+
+    def _sliced(self, state: State) -> State:
+        """That state."""
         from compress.data.calibration import calibration
         from compress.families import layout_of
         from compress.progress import track
@@ -89,10 +94,10 @@ class SliceHidden(Pass):
             "warnings": [more] if after > before else [],
         }
         state.model, state.layout = sliced, layout_of(sliced)
-        yield state
+        return state
 
     def width(self, state: State) -> int:
-        """The width to keep; LayoutError where the stream has none such."""
+        """The width to keep; LayoutError where the stream hasn't the one given, ReachError where none is so narrow."""
         from compress.uniform import HIDDEN
         from passes.pruning.uniform.shapes import space_of
 
@@ -113,7 +118,7 @@ class SliceHidden(Pass):
             asked, most = f"parameters {self.parameters:g}", (self.parameters or 1) * space.parameters(space.whole)
             fitting = [width for width, count in counts.items() if count <= most]
         if not fitting or fitting[-1] < 2:
-            raise LayoutError(
+            raise ReachError(
                 f"slice_hidden: {asked} leaves no multiple of {step} of the {whole} channels; expected one"
             )
         return fitting[-1]

@@ -26,7 +26,7 @@ class Choice:
     rule: Callable[[float], Sizes]
 
     def __call__(self, budget: float) -> Sizes:
-        """Sizes that cost at most `budget`; raises TargetError where there are none."""
+        """Sizes that cost at most `budget`; raises ReachError where there are none."""
         return self.rule(budget)
 
     def loss(self, sizes: Sizes) -> float:

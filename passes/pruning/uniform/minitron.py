@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from compress.contract import TEACHER, Fact, Part, Pass
-from compress.errors import TargetError
+from compress.errors import ReachError
+from passes.pruning.speedups import each
 
 if TYPE_CHECKING:
     from compress.state import State
@@ -86,8 +87,12 @@ class Minitron(Pass):
         """The sizes that the plan gives."""
         return {name: size for name in SIZES if (size := getattr(self, name)) is not None}
 
-    def run(self, state: State) -> Iterator[State]:
+    def run(self, state: State) -> Iterator[State | ReachError]:
         """Yield the candidate of least validation loss; its figures tell of all of them."""
+        yield from each((state,), self._best)
+
+    def _best(self, state: State) -> State:
+        """That candidate."""
         from passes.pruning.uniform.candidates import Cutter, recover
         from passes.pruning.uniform.shapes import space_of
 
@@ -107,7 +112,11 @@ class Minitron(Pass):
                 best, chosen = branch, row
         if best is None:
             fastest = max(row["speedup"] for row in rows)
-            raise TargetError(f"minitron: {self.speedup:g}x was asked for; the fastest shape measures {fastest:.3g}x")
+            raise ReachError(
+                f"a speed-up of {self.speedup:g}x is out of reach on this target; "
+                f"the fastest shape measures {fastest:.3g}x",
+                fastest,
+            )
         told = {"promised": self.speedup, "measured": chosen["speedup"], "met": True} if self.speedup else {}
         best.figures = {
             **told,
@@ -117,7 +126,7 @@ class Minitron(Pass):
             "candidates": rows,
             "ranked_by": "validation loss after recovery" if len(rows) > 1 else "nothing: one shape",
         }
-        yield best
+        return best
 
     def _shapes(self, cutter: Cutter) -> list[Shape]:
         """The shapes to compare."""
@@ -128,7 +137,13 @@ class Minitron(Pass):
         goal, share, ratio = self.speedup or 1.0, 1.0, 1.0
         for _ in range(ROUNDS):
             share *= ratio / (goal * (1 + MARGIN))
-            ratio = cutter.speedup(cutter.cut(self._near(cutter, share, 1)[0]))
+            try:
+                ratio = cutter.speedup(cutter.cut(self._near(cutter, share, 1)[0]))
+            except ReachError:
+                smallest = cutter.space.smallest(self.axes, self.alignment, cutter.fits)
+                if cutter.speedup(cutter.cut(smallest)) >= goal:
+                    raise  # it is fast enough, but no shape lies near the right size
+                return [smallest]
             if goal <= ratio <= goal * (1 + 3 * MARGIN):
                 break
         return self._near(cutter, share, self.candidates)

@@ -18,7 +18,7 @@ import numpy as np
 from torch import nn
 from transformers import PreTrainedModel
 
-from compress.errors import LayoutError
+from compress.errors import LayoutError, ReachError
 from compress.layout import Layout
 from compress.uniform import HIDDEN, places, spans, tied_to_heads
 
@@ -71,18 +71,13 @@ class Space:
         """At most `most` shapes with about `share` of the parameters, the evenest first and then the most unlike ones.
 
         Only the widths `names` shrink, to multiples of `alignment`, and only shapes that pass `fits` count. Raises
-        LayoutError where none comes near.
+        ReachError where none comes near.
         """
-        offers = [self._offer(name, share, alignment) if name in names else [size] for name, size in self.whole.items()]
-        grid = np.array(list(product(*offers)))
-        columns = dict(zip(self.whole, grid.T, strict=True))
-        if self.per_head:
-            columns["heads"] = columns[HIDDEN] // self.per_head
-        kept = self.parameters(columns) / self.parameters(self.whole)
+        columns, kept = self._grid(share, names, alignment)
         near = np.abs(kept / share - 1) <= NEAR
         if not near.any():
             closest = kept[np.argmin(np.abs(kept - share))]
-            raise LayoutError(
+            raise ReachError(
                 f"minitron: no shape keeps {share:.3g} of the parameters within {NEAR:.0%} by shrinking "
                 f"{', '.join(names)}; the nearest keeps {closest:.3g}: give a finer alignment or more axes"
             )
@@ -99,8 +94,24 @@ class Space:
             if fits(shapes[best]):
                 chosen.append(best)
         if not chosen:
-            raise LayoutError(f"minitron: transformers refuses every shape that keeps {share:.3g} of the parameters")
+            raise ReachError(f"minitron: transformers refuses every shape that keeps {share:.3g} of the parameters")
         return [shapes[one] for one in chosen]
+
+    def smallest(self, names: Sequence[str], alignment: int | None, fits: Callable[[Shape], bool]) -> Shape:
+        """The shape of fewest parameters; the model's own where none else fits."""
+        columns, kept = self._grid(0.0, names, alignment)
+        shapes = ({name: int(sizes[place]) for name, sizes in columns.items()} for place in np.argsort(kept))
+        return next(filter(fits, shapes), self.whole)
+
+    def _grid(
+        self, share: float, names: Sequence[str], alignment: int | None
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """The sizes (shapes,) by width of all shapes that are offered, and the share of the parameters of each."""
+        offers = [self._offer(name, share, alignment) if name in names else [size] for name, size in self.whole.items()]
+        columns = dict(zip(self.whole, np.array(list(product(*offers))).T, strict=True))
+        if self.per_head:
+            columns["heads"] = columns[HIDDEN] // self.per_head
+        return columns, self.parameters(columns) / self.parameters(self.whole)
 
     def _offer(self, name: str, share: float, alignment: int | None) -> list[int]:
         """The sizes of a width that shrinks, its own included."""

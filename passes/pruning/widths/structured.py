@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from compress.contract import TEACHER, Fact, Part, Pass
-from compress.errors import LayoutError
-from passes.pruning.speedups import distinct, named_after, timed, timed_as_given
+from compress.errors import LayoutError, ReachError
+from passes.pruning.speedups import distinct, each, named_after, timed, timed_as_given
 
 if TYPE_CHECKING:
     import numpy as np
@@ -113,7 +113,7 @@ class StructuredPruning(Pass):
         output = PREDICTIONS if state.task.packs else HIDDEN
         return Fitness(state.model, state.layout, curves, fit, batches, output)
 
-    def run(self, state: State) -> Iterator[State]:
+    def run(self, state: State) -> Iterator[State | ReachError]:
         """Yield one cut model per speed-up; its figures tell what was promised, predicted and measured."""
         from passes.pruning.promise import pursue
         from passes.pruning.widths.database import cut_to
@@ -124,7 +124,8 @@ class StructuredPruning(Pass):
         curves, fit = self.curves(state, axes)
         losses, fitness = self.losses(state, curves, fit), self.fitness(state, curves, fit)
         if self.parameters is not None:
-            yield self._smaller(state, _small_menu(state, axes, losses), curves, fit, fitness)
+            small = _small_menu(state, axes, losses)
+            yield from each((self.parameters,), lambda share: self._smaller(share, state, small, curves, fit, fitness))
             return
         menu = _menu(state, axes, losses)
         dense, present = timed_as_given(state)
@@ -134,27 +135,41 @@ class StructuredPruning(Pass):
 
             return speedup(*timed(state, lambda: cut_to(state, curves, sizes, fit)))
 
-        for faster in self.speedups:
+        def faster(times: float) -> State:
             choice = self.choice(menu, fitness)
             promise = pursue(
-                faster, menu, choice, trial,
+                times, menu, choice, trial,
                 dense.milliseconds, present.milliseconds, self.max_corrections, self.tolerance, choice.loss,
             )  # fmt: skip
             sizes = promise.best.sizes
             branch = cut_to(state, curves, sizes, fit)
             branch.figures = {"dense_milliseconds": dense.milliseconds, **promise.figures(), **choice.figures(sizes)}
-            yield branch
+            return branch
+
+        yield from each(self.speedups, faster)
 
     def _smaller(
-        self, state: State, menu: Menu, curves: Mapping[str, Curve], fit: Fit | None, fitness: Fitness | None
+        self,
+        share: float,
+        state: State,
+        menu: Menu,
+        curves: Mapping[str, Curve],
+        fit: Fit | None,
+        fitness: Fitness | None,
     ) -> State:
-        """The branch that keeps the share `parameters`; its figures tell which it kept."""
+        """The branch that keeps a share of the parameters; its figures tell which it kept."""
         from passes.pruning.amounts import counted
         from passes.pruning.widths.database import cut_to
 
         whole, choice = counted(state.model), self.choice(menu, fitness)
-        removable = menu.cost({name: max(sizes) for name, sizes in menu.sizes.items()})
-        sizes = choice(float(self.parameters or 1) * whole - (whole - removable))
+        fixed = whole - menu.cost({name: max(sizes) for name, sizes in menu.sizes.items()})
+        try:
+            sizes = choice(share * whole - fixed)
+        except ReachError as error:
+            least = (menu.cost(menu.fastest()) + fixed) / whole
+            raise ReachError(
+                f"a share of {share:g} of the parameters is out of reach; the smallest sizes keep {least:.3g}"
+            ) from error
         branch = cut_to(state, curves, sizes, fit)
         branch.figures = {"kept": counted(branch.model) / whole, "sizes": dict(sizes), **choice.figures(sizes)}
         return branch
