@@ -88,7 +88,8 @@ class Run:
     def key(self, node: Node) -> str:
         """The content address of a node."""
         parents = [self.key(parent) for parent in node.parents] or [self.root_key]
-        return digest([self.material(node), node.label, parents])
+        label = node.label if node.label in node.step.do.branches else ""  # a target's name makes no other model
+        return digest([self.material(node), label, parents])
 
     def material(self, node: Node) -> list[str]:
         """What a node's result depends on beside its parents: its options, and the content of what they name."""

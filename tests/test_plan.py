@@ -521,6 +521,27 @@ def test_a_gradual_step_reads_back_and_is_written_in_python(model: Path) -> None
             Gradual(**wrong)
 
 
+@pytest.mark.parametrize(
+    ("text", "leaving"),
+    [
+        ("", [""]),
+        ("  - pack\n", [""]),
+        ("  - fork\n", ["a", "b"]),
+        ("  - {pack: , id: one, after: family}\n  - {train: , id: two, after: family}\n", ["one", "two"]),
+    ],
+    ids=["alone", "followed", "forked", "followed twice"],
+)
+def test_a_gradual_step_may_deliver_its_last_model_alone(text: str, leaving: list[str]) -> None:
+    family = FAMILY.replace("    id:", "      deliver: last\n    id:")
+    plan = steps(family + text)
+    assert [node.branch for node in leaves(plan.nodes())] == leaving
+    assert [node.branch for node in plan.nodes() if node.index == 1] == ["2x"] * 3 + ["3x"] * 3 + [""] * 3
+    assert Plan.read(plan.to_yaml(), TABLES).passes == plan.passes
+    assert plan.to_yaml().count("deliver: last") == 1
+    assert "2x, then 3x, then 4.5x, which alone leaves" in explain(plan)
+    assert plan.check() == steps(FAMILY + text).check()
+
+
 def test_a_gradual_step_follows_every_model_before_it() -> None:
     nodes = steps("  - {fork: }\n" + FAMILY).nodes()
     assert [node.branch for node in leaves(nodes)] == [f"{one}/{two}" for two in ("2x", "3x", "4.5x") for one in "ab"]

@@ -159,8 +159,8 @@ def test_forks_start_from_the_step_they_name(run) -> None:
     assert word(made, leaves[0]) - word(made, leaves[1]) == pytest.approx(2, abs=1e-5)
 
 
-def gradual(*speedups: float) -> dict:
-    return {"gradual": {"speedups": speedups, "passes": ["learn", "speed", {"shift": {"by": [1]}}]}}
+def gradual(*speedups: float, **more: str) -> dict:
+    return {"gradual": {"speedups": speedups, "passes": ["learn", "speed", {"shift": {"by": [1]}}], **more}}
 
 
 def test_a_gradual_step_goes_on_from_model_to_model(run) -> None:
@@ -181,6 +181,17 @@ def test_a_step_after_a_gradual_one_runs_for_each_of_its_models(run) -> None:
     assert RAN.count("shift 10") == 2
     assert [leaf.branch for leaf in each] == ["2x", "4x"]
     assert [made.state(leaf).layout.axis("encoder.layer.0.columns").units for leaf in each] == [512, 256]
+
+
+def test_the_last_model_of_a_gradual_step_may_be_all_that_is_delivered(run) -> None:
+    run(gradual(2, 4))
+    made, (leaf,) = run(gradual(2, 4, deliver="last"), {"shift": {"by": [10]}})
+    assert RAN == ["shift 10"]  # the family is there already
+    assert leaf.branch == ""
+    assert made.state(leaf).layout.axis("encoder.layer.0.columns").units == 256
+    _, (alone,) = run(gradual(2, 4, deliver="last"))
+    assert RAN == []
+    assert leaf.parents == (alone,)
 
 
 def test_what_is_out_of_reach_is_left_out_with_all_that_follows_and_the_others_are_made(run) -> None:

@@ -23,7 +23,7 @@ def explain(plan: Plan) -> str:
     for index, step in enumerate(plan.passes):
         if isinstance(step, Gradual):
             targets = ", then ".join(step.targets)
-            lines += ["", f"{_title((index,), step)}: {targets}"]
+            lines += ["", f"{_title((index,), step)}: {targets}{', which alone leaves' * (step.deliver == 'last')}"]
         for number in dict.fromkeys(node.number for node in nodes if node.index == index):
             made = [node for node in nodes if node.number == number]
             after = dict.fromkeys(_title(parent.number, parent.step) for node in made for parent in node.parents)

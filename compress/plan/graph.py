@@ -50,7 +50,7 @@ class Link:
     """A pass in the order they run, a gradual step's for each target anew.
 
     It takes one model of each of `follows`, which are alternatives by their numbers in that order. `member` is the
-    target that it works for, and `ends` says that its model is the one of that target.
+    target that it works for, and `ends` says that its model is the one of that target, and is delivered.
     """
 
     number: Number
@@ -133,7 +133,7 @@ def _leads(steps: Steps, first: int, last: int, names: Mapping[str, int]) -> boo
 
 
 def chain(steps: Steps, followed: Sequence[tuple[int, ...]]) -> list[Link]:
-    """Every pass in the order they run; what follows a gradual step follows each of its models."""
+    """Every pass in the order they run; what follows a gradual step follows each of the models that it delivers."""
     links: list[Link] = []
     last: list[tuple[int, ...]] = []  # for each step the links that its models come from
     for index, step in enumerate(steps):
@@ -142,11 +142,11 @@ def chain(steps: Steps, followed: Sequence[tuple[int, ...]]) -> list[Link]:
             links.append(Link((index,), step, follows))
             ends.append(len(links) - 1)
         else:
-            for member, passes in step.members():
+            for member, delivered, passes in step.members():
                 for inner, one in enumerate(passes):
-                    links.append(Link((index, inner), one, follows, member, one is passes[-1]))
+                    links.append(Link((index, inner), one, follows, member, delivered and one is passes[-1]))
                     follows = ((len(links) - 1,),)
-                ends.append(len(links) - 1)
+                ends += [len(links) - 1] if delivered else []
         last.append(tuple(ends))
     return links
 

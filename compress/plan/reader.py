@@ -115,8 +115,8 @@ def _gradual(
     for at, problem in unfit(steps, stages.filled):
         source.blame(place if at is None else (*place, at, steps[at].name), problem)
         return None
-    targets = {"speedups": stages.speedups, "sparsities": stages.sparsities}
-    return Gradual(**targets, passes=tuple(steps), **beside)
+    said = {name: getattr(stages, name) for name in Stages.model_fields if name != "passes"}
+    return Gradual(**said, passes=tuple(steps), **beside)
 
 
 def _filled(source: Source, stages: Stages, target: Any, table: Mapping[str, type[Pass]], place: Path) -> Any:

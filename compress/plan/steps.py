@@ -126,7 +126,7 @@ class Stages(Options):
     """A family of models in one go: for each target the passes run again, on the model of the one before.
 
     The models differ in speed by `speedups`, all of them against the dense model, or in their share of zeros by
-    `sparsities`; each leaves under the name of its target.
+    `sparsities`; each leaves under the name of its target, or with `deliver` the last alone.
     """
 
     model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": [one]} for one in ("speedups", "sparsities")]})
@@ -138,6 +138,9 @@ class Stages(Options):
         default=None, min_length=1, description="shares of zeros in place of speed-ups, rising, or along a cubic"
     )
     passes: Any = Field(description="what is done for each; one of them takes the target")
+    deliver: Literal["all", "last"] = Field(
+        default="all", description="which models leave, or are gone on from; last: the others are only on the way to it"
+    )
 
     @field_validator("speedups", "sparsities")
     @classmethod
@@ -184,10 +187,16 @@ class Gradual(Stages, Placed):
             raise ValueError(problem)
         return self
 
-    def members(self) -> Iterator[tuple[str, tuple[Step, ...]]]:
-        """The name of each model, empty where there is but one, and the passes that make it of the one before."""
+    def members(self) -> Iterator[tuple[str, bool, tuple[Step, ...]]]:
+        """Of each model its name, whether it is delivered, and the passes that make it of the one before.
+
+        One that is delivered alone has no name.
+        """
+        *_, last = self.targets
+        alone = self.deliver == "last" or len(self.targets) == 1
         for label, target in self.targets.items():
-            yield label if len(self.targets) > 1 else "", tuple(self._given(step, target) for step in self.passes)
+            passes = tuple(self._given(step, target) for step in self.passes)
+            yield "" if alone and label == last else label, not alone or label == last, passes
 
     def written(self) -> Any:
         """The step as it stands in a YAML plan."""
@@ -196,8 +205,8 @@ class Gradual(Stages, Placed):
             if takes(type(step.do), self.filled) and isinstance(passes[index], dict):
                 options = {name: value for name, value in passes[index][step.name].items() if name != self.filled}
                 passes[index] = {step.name: options} if options else step.name
-        targets = self.model_dump(mode="json", include={"speedups", "sparsities"}, exclude_defaults=True)
-        return {self.name: {**targets, "passes": passes}, **self.beside()}
+        said = self.model_dump(mode="json", include={"speedups", "sparsities", "deliver"}, exclude_defaults=True)
+        return {self.name: {**said, "passes": passes}, **self.beside()}
 
     def _given(self, step: Step, target: Any) -> Step:
         """The step with the target filled in, if it takes one."""
