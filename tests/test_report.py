@@ -273,11 +273,22 @@ def test_page_and_text_tell_the_same(case: str, tmp_path: Path) -> None:
     for told in report.branches:
         expected += [told.name, wording.speed(told), wording.latency(told.milliseconds), *told.quality]
         expected += [one.sha256 for one in told.artifacts] + [one.reason for one in told.steps if one.reason]
-        expected += [wording.elsewhere(told, name) for name in told.quality_other] + list(wording.layers(told).values())
+        expected += [wording.elsewhere(told, name) for name in told.quality_other]
+        expected += [value for blocks in wording.layers(told).values() for value in blocks.values()]
     expected += [word for one in report.out_of_reach for word in (one.name, wording.limit(one), one.reason)]
     for words in expected:
         assert words in seen
         assert words in read
+
+
+def test_how_alike_the_blocks_are_takes_a_line_of_text_and_a_picture_a_stack(tmp_path: Path) -> None:
+    made = finetuned()
+    made["branches"][0]["layers"] |= {"decoder.layer.0": 0.5}
+    _, text, page = rendered(made, tmp_path)
+    (told,) = [line for line in text.splitlines() if "CKA" in line]
+    assert "encoder.layer 0: 0.9871, 1: constant; decoder.layer 0: 0.5000." in told
+    assert page.count('class="alike"') == 2
+    assert 'aria-label="decoder.layer.0: 0.5000"' in page
 
 
 def test_hostile_names_are_shown_and_never_obeyed(tmp_path: Path) -> None:

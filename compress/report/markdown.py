@@ -90,8 +90,9 @@ def survivors(branch: Branch) -> str:
     """Sizes of every axis of a branch."""
     rows = [(axis.name, f"{len(axis.kept)}", f"{axis.dense}", wording.fate(axis)) for axis in branch.axes]
     sizes = f"### {clean(branch.name)}\n\n{table(('axis', 'kept', 'dense', ''), rows)}"
-    alike = table(("block", "output like the dense block's (CKA)"), wording.layers(branch).items())
-    return f"{sizes}\n\n{alike}" if branch.layers else sizes
+    alike = [f"{stack} {', '.join(map(': '.join, blocks.items()))}" for stack, blocks in wording.layers(branch).items()]
+    told = clean(f"Output of each block like the dense one's (CKA), {'; '.join(alike)}.")
+    return f"{sizes}\n\n{told}" if branch.layers else sizes
 
 
 def timeline(branch: Branch) -> str:

@@ -122,9 +122,13 @@ def elsewhere(model: Measured, metric: str) -> str:
     return f"{figure(model.quality_other.get(metric))} {interval(model.quality_other_interval.get(metric))}".rstrip()
 
 
-def layers(branch: Branch) -> dict[str, str]:
-    """How alike each block's output is to that of the dense block it was."""
-    return {name: "constant" if value is None else f"{value:.4f}" for name, value in branch.layers.items()}
+def layers(branch: Branch) -> dict[str, dict[str, str]]:
+    """How alike each block's output is to that of the dense block it was: by the stack, then by the block's number."""
+    found: dict[str, dict[str, str]] = {}
+    for name, value in branch.layers.items():
+        stack, _, number = name.rpartition(".")
+        found.setdefault(stack, {})[number] = "constant" if value is None else f"{value:.4f}"
+    return found
 
 
 def fate(axis: Axis) -> str:
