@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from compress.errors import DataError
-from compress.report import check, pictures, render, wording
+from compress.report import check, numbers, pictures, render, wording
 
 
 def axes(stack: str, blocks: int, heads: int, columns: int, share: float, seed: int = 0) -> list[dict[str, Any]]:
@@ -271,7 +271,7 @@ def test_page_and_text_tell_the_same(case: str, tmp_path: Path) -> None:
     report = check(made)
     expected = [wording.verdict(report), wording.shape(report), *wording.omissions(report)]
     for told in report.branches:
-        expected += [told.name, wording.speed(told), wording.latency(told.milliseconds), *told.quality]
+        expected += [told.name, wording.speed(told), numbers.latency(told.milliseconds), *told.quality]
         expected += [one.sha256 for one in told.artifacts] + [one.reason for one in told.steps if one.reason]
         expected += [wording.elsewhere(told, name) for name in told.quality_other]
         expected += [value for blocks in wording.layers(told).values() for value in blocks.values()]
@@ -407,19 +407,19 @@ def test_unknown_keys_are_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("told", "expected"),
     [
-        (wording.scaled(999, ""), "999"),
-        (wording.scaled(22_713_216, ""), "22.7 M"),
-        (wording.scaled(90_868_376, "B"), "90.9 MB"),
-        (wording.scaled(999_999, "B"), "1.00 MB"),
-        (wording.scaled(None, "B"), "not measured"),
-        (wording.duration(0.42), "0.4 s"),
-        (wording.duration(59.7), "1 min 00 s"),
-        (wording.duration(192), "3 min 12 s"),
-        (wording.duration(3840), "1 h 04 min"),
-        (wording.latency(0.4123), "0.412 ms"),
-        (wording.latency(28.44), "28.4 ms"),
-        (wording.latency(1930), "1.93 s"),
-        (wording.figure(12.345), "12.35"),
+        (numbers.scaled(999, ""), "999"),
+        (numbers.scaled(22_713_216, ""), "22.7 M"),
+        (numbers.scaled(90_868_376, "B"), "90.9 MB"),
+        (numbers.scaled(999_999, "B"), "1.00 MB"),
+        (numbers.scaled(None, "B"), "not measured"),
+        (numbers.duration(0.42), "0.4 s"),
+        (numbers.duration(59.7), "1 min 00 s"),
+        (numbers.duration(192), "3 min 12 s"),
+        (numbers.duration(3840), "1 h 04 min"),
+        (numbers.latency(0.4123), "0.412 ms"),
+        (numbers.latency(28.44), "28.4 ms"),
+        (numbers.latency(1930), "1.93 s"),
+        (numbers.figure(12.345), "12.35"),
         (wording.brief(True), "yes"),
         (wording.brief(1), "1"),
         (wording.brief([1.5, 2]), "1.5, 2"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from compress.report import wording
+from compress.report import numbers, wording
 from compress.report.schema import Branch, Measured, Report
 
 
@@ -60,7 +60,7 @@ def results(report: Report) -> str:
     """Speed, latency and size of every model."""
 
     def row(model: Measured, *speed: str) -> tuple[str, ...]:
-        sizes = wording.scaled(model.parameters, ""), wording.scaled(model.bytes, "B")
+        sizes = numbers.scaled(model.parameters, ""), numbers.scaled(model.bytes, "B")
         return (*speed, wording.took(model), *sizes)
 
     rows = [row(report.baseline, "dense", "", "1x", "")]
@@ -100,7 +100,7 @@ def timeline(branch: Branch) -> str:
     rows = [
         (
             step.name,
-            wording.duration(step.seconds),
+            numbers.duration(step.seconds),
             "kept" if step.kept else "rejected",
             step.reason or "",
             "; ".join(f"{name}: {value}" for name, value in wording.details(step).items()),
@@ -115,10 +115,10 @@ def artifacts(report: Report) -> str:
     metric = wording.headline(report)
     rows = [
         (
-            branch.name, one.kind, one.precision, one.path, wording.scaled(one.bytes, "B"),
-            wording.latency(one.milliseconds), wording.speed(one), wording.origin(one),
-            wording.scored(one, metric) if metric else wording.ABSENT,
-            wording.error(one.worst_error), wording.stay(one), one.sha256,
+            branch.name, one.kind, one.precision, one.path, numbers.scaled(one.bytes, "B"),
+            numbers.latency(one.milliseconds), wording.speed(one), wording.origin(one),
+            wording.scored(one, metric) if metric else numbers.ABSENT,
+            numbers.error(one.worst_error), wording.stay(one), one.sha256,
         )
         for branch in report.branches
         for one in branch.artifacts

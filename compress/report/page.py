@@ -9,7 +9,7 @@ from itertools import accumulate
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from compress.report import pictures, wording
+from compress.report import numbers, pictures, wording
 from compress.report.schema import Axis, Branch, Report, Step
 
 
@@ -44,6 +44,7 @@ def page(report: Report) -> str:
     return template.render(
         report=report,
         words=wording,
+        numbers=numbers,
         pictures=pictures,
         metric=wording.headline(report),
         slowest=slowest(report),

@@ -1,4 +1,4 @@
-"""The words of a report: numbers with sensible units, the verdict in one sentence, and what was not done and why."""
+"""The words of a report: models told in a phrase, the verdict in one sentence, and what was not done and why."""
 
 from __future__ import annotations
 
@@ -9,44 +9,12 @@ import yaml
 from pydantic import JsonValue
 
 from compress.contract import FLOAT
-from compress.report.schema import Artifact, Axis, Branch, Interval, Measured, Missed, Report, Step
+from compress.report.numbers import ABSENT, digits, duration, figure, interval, latency, times
+from compress.report.schema import Artifact, Axis, Branch, Measured, Missed, Report, Step
 
-ABSENT = "not measured"
 NAMED = 4  # things that a sentence names
 LOWER_IS_BETTER = frozenset({"perplexity", "kl", "loss", "calibration_error"})
 NAMES = {"onnxruntime": "ONNX Runtime", "torch": "PyTorch", "openvino": "OpenVINO", "cpu": "CPU", "cuda": "CUDA"}
-
-
-def scaled(value: float | None, unit: str) -> str:
-    """Write a count in thousands, millions and so on: ``22.7 M``, ``90.3 MB``."""
-    if value is None:
-        return ABSENT
-    if value < 1000:
-        return f"{value:.0f} {unit}".rstrip()
-    for prefix in ("k", "M", "G", "T"):
-        value /= 1000
-        if value < 999.5 or prefix == "T":
-            break
-    return f"{value:.{digits(value)}f} {prefix}{unit}"
-
-
-def digits(value: float) -> int:
-    """Decimals that leave three figures to a number."""
-    return 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
-
-
-def duration(seconds: float | None) -> str:
-    """Write seconds as a reader would say them: ``0.4 s``, ``48 s``, ``3 min 12 s``, ``1 h 04 min``."""
-    if seconds is None:
-        return ABSENT
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 def whole_run(report: Report) -> str:
@@ -57,37 +25,11 @@ def whole_run(report: Report) -> str:
     return f"resumed run: {duration(report.seconds)}; the steps took {duration(steps)} when they ran"
 
 
-def latency(milliseconds: float | None) -> str:
-    """Write milliseconds with three figures: ``0.412 ms``, ``28.1 ms``, ``1.93 s``."""
-    if milliseconds is None:
-        return ABSENT
-    if milliseconds >= 1000:
-        return f"{milliseconds / 1000:.2f} s"
-    return f"{milliseconds:.{3 if milliseconds < 1 else digits(milliseconds)}f} ms"
-
-
 def took(model: Measured) -> str:
     """The latency of a model and, where it generates, its tokens a second: ``812 ms, 158 tokens/s``."""
     rate = model.tokens_per_second
     told = "" if rate is None else f", {rate:,.{digits(rate)}f} tokens/s"
     return latency(model.milliseconds) + told
-
-
-def figure(value: float | None) -> str:
-    """Write a quality with four significant figures."""
-    if value is None:
-        return ABSENT
-    return f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}" if abs(value) < 1000 else f"{value:,.0f}"
-
-
-def interval(limits: Interval | None) -> str:
-    """Write a quality's interval; empty where there is none."""
-    return f"[{figure(limits[0])}, {figure(limits[1])}]" if limits else ""
-
-
-def times(ratio: float | None) -> str:
-    """Write a measured ratio: ``2.03x``."""
-    return ABSENT if ratio is None else f"{ratio:.2f}x"
 
 
 def promise(branch: Branch) -> str:
@@ -135,11 +77,6 @@ def fate(axis: Axis) -> str:
     """What happened to the axis, in a word or none: removed, whole, shared by blocks."""
     words = ["removed"] if not axis.kept else ["whole"] if len(axis.kept) == axis.dense else []
     return ", ".join([*words, *([] if axis.block else ["shared by blocks"])])
-
-
-def error(worst: float | None) -> str:
-    """The worst error of an artifact against its model."""
-    return ABSENT if worst is None else "0, equal to the bit" if worst == 0 else f"{worst:.1e}"
 
 
 def origin(artifact: Artifact) -> str:
