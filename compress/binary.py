@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from compress.bits import pack, seen_product, signs_product, unpack
 from compress.codes import Elastic, Signs, binary, signs
 from compress.errors import LayoutError
-from compress.layout import Layout, own_record, record_of
+from compress.layout import Layout
+from compress.record import own_record, record_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 
 from compress.errors import DataError, ExportError, LayoutError
 from compress.families import FAMILIES, dense_layout
-from compress.layout import RECORD
 from compress.quantizer import register
+from compress.record import RECORD
 from compress.tasks import Task, find_model, first_line, infer_task
 
 TOKENIZER_FILES = (

@@ -232,7 +232,7 @@ FAMILIES: dict[str, Callable[[Config], Iterator[Blocks]]] = {
 
 def layout_of(model: PreTrainedModel) -> Layout:
     """The layout of a transformers model at its present sizes; LayoutError for a model of no known family."""
-    from compress.layout import prefix_of, record_of
+    from compress.record import prefix_of, record_of
 
     layout, prefix = dense_layout(model), prefix_of(model)
     present = {}
@@ -243,7 +243,8 @@ def layout_of(model: PreTrainedModel) -> Layout:
 
 def dense_layout(model: PreTrainedModel) -> Layout:
     """The layout that a model of this config has before any cut."""
-    from compress.layout import Layout, Stack, prefix_of
+    from compress.layout import Layout, Stack
+    from compress.record import prefix_of
 
     kind = model.config.model_type
     if kind not in FAMILIES:

@@ -14,7 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from compress.constant import Constant
 from compress.errors import LayoutError
-from compress.layout import Layout, prefix_of, record_of
+from compress.layout import Layout
+from compress.record import prefix_of, record_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -23,7 +23,8 @@ from transformers.pytorch_utils import Conv1D
 from compress.bits import pack, unpack
 from compress.codes import signs, through
 from compress.errors import LayoutError
-from compress.layout import Layout, own_record, record_of
+from compress.layout import Layout
+from compress.record import own_record, record_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -18,9 +18,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from compress.binary import binarize_, pack_
 from compress.errors import LayoutError
 from compress.families import dense_layout
-from compress.layout import RECORD, VERSION, own_record, prefix_of
 from compress.linear import linearise
 from compress.lowbit import lowbit_, store_
+from compress.record import RECORD, VERSION, own_record, prefix_of
 from compress.sharing import cure_, hollow_, tie_
 from compress.sparse import modules as sparse_modules
 from compress.stream import narrow_stream_

@@ -20,8 +20,9 @@ from compress.data.rows import write_rows
 from compress.data.sources import Row
 from compress.errors import TargetError
 from compress.families import layout_of
-from compress.layout import Layout, prefix_of, record_of
+from compress.layout import Layout
 from compress.memory import release
+from compress.record import prefix_of, record_of
 from compress.runtimes import RUNTIMES, example_inputs
 from compress.runtimes.examples import longest_sequence
 from compress.target import Target

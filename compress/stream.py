@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from compress.declared import declare_
-from compress.layout import Layout, record_of
+from compress.layout import Layout
+from compress.record import record_of
 from compress.uniform import HIDDEN, spans
 
 if TYPE_CHECKING:

@@ -21,7 +21,8 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from compress.errors import LayoutError
-from compress.layout import ORIGINS, Axis, Layout, Site, record_of, stored_dim
+from compress.layout import Axis, Layout, Site, stored_dim
+from compress.record import ORIGINS, record_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -109,7 +109,7 @@ class Gguf(Quantizing):
 
 def _sizes(state: State) -> dict[str, list[int]]:
     """Key-value heads and columns of each block; raises ExportError where the format can't tell the model."""
-    from compress.layout import record_of
+    from compress.record import record_of
 
     config, record = state.model.config, record_of(state.model.config)
     if config.model_type not in ARCHITECTURES:

@@ -60,7 +60,7 @@ class Onnx(Quantizing):
 
     def write(self, state: State, folder: Path, card: Mapping[str, Any]) -> tuple[float, dict[str, Any]]:
         """Export, open in ONNX Runtime, and compare outputs on random inputs of other shapes, padding among them."""
-        from compress.layout import record_of
+        from compress.record import record_of
         from compress.runtimes import example_inputs
         from compress.runtimes.onnx import OnnxRuntime
         from compress.target import Target

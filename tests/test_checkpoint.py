@@ -17,7 +17,7 @@ import compress
 from compress import checkpoint
 from compress.errors import CompressError, DataError, ExportError, LayoutError
 from compress.families import layout_of
-from compress.layout import record_of
+from compress.record import record_of
 from compress.tasks import TASKS
 from tests.conftest import TINY, Tiny, answer, assert_one_model, precise
 from tests.test_layout import mixed

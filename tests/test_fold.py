@@ -13,8 +13,8 @@ from onnxruntime import InferenceSession
 from compress import checkpoint
 from compress.errors import LayoutError
 from compress.families import layout_of
-from compress.layout import own_record, prefix_of, record_of
 from compress.lowrank import LowRank
+from compress.record import own_record, prefix_of, record_of
 from compress.runtimes import RUNTIMES
 from compress.runtimes.graph import share_weights
 from compress.sharing import cure_, matrices, share_

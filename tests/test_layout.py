@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from compress.errors import LayoutError
 from compress.families import layout_of
-from compress.layout import Layout, record_of
+from compress.layout import Layout
+from compress.record import record_of
 from compress.runtimes.torch import cache_argument
 from tests.conftest import GENERATING, TINY, answer, precise
 

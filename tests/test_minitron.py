@@ -17,7 +17,7 @@ from torch import nn
 from compress import checkpoint
 from compress.errors import LayoutError, ReachError, TrainingError
 from compress.families import layout_of
-from compress.layout import record_of
+from compress.record import record_of
 from passes.distillation.choice import Losses
 from passes.distillation.compare import Comparison
 from passes.distillation.distill import Distill

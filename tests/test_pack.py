@@ -16,8 +16,8 @@ from compress import checkpoint
 from compress.contract import GRID, MASKS, Part, stale_after
 from compress.errors import ExportError, LayoutError, TargetError
 from compress.families import layout_of
-from compress.layout import record_of
 from compress.plan import Plan, Tables
+from compress.record import record_of
 from compress.runtimes import open_artifact
 from compress.sparse.modules import SparseLinear, as_nodes
 from compress.sparse.semi import SemiInt4

@@ -13,8 +13,8 @@ from compress import checkpoint
 from compress.errors import DataError, LayoutError, ReachError
 from compress.families import layout_of
 from compress.latency import Curve, Table
-from compress.layout import record_of
 from compress.linear import linearise
+from compress.record import record_of
 from passes import PASSES
 from passes.pruning.amounts import counted
 from passes.pruning.replace.local import Local, examples_of, fit_linear, library, normalised_error

@@ -13,7 +13,7 @@ from torch import nn
 from compress import checkpoint
 from compress.errors import LayoutError
 from compress.families import layout_of
-from compress.layout import record_of
+from compress.record import record_of
 from compress.runtimes import RUNTIMES, open_artifact
 from compress.stream import width_of
 from compress.target import Target

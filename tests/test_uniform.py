@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from compress.errors import LayoutError
 from compress.families import layout_of
-from compress.layout import record_of
+from compress.record import record_of
 from compress.uniform import HIDDEN, drop, narrow, places, spans, tied_to_heads
 from tests.conftest import TINY, assert_one_model, precise
 

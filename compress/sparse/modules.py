@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import ExportError, LayoutError
-from compress.layout import own_record, prefix_of
+from compress.record import own_record, prefix_of
 from compress.sparse import gpu, ops  # noqa: F401  # define the operators
 from compress.sparse.formats import Bitmap, Blocks
 from compress.sparse.semi import SemiInt4

@@ -19,9 +19,9 @@ from compress.contract import MASKS
 from compress.data.batches import IGNORED
 from compress.errors import DataError, TrainingError
 from compress.families import layout_of
-from compress.layout import prefix_of
 from compress.masks import Masks, inside
 from compress.recipe import TrainingOptions
+from compress.record import prefix_of
 from compress.state import State
 from compress.training import Batch, Beside, train
 from passes.distillation.choice import Losses

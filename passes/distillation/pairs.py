@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from compress.layout import Layout, record_of
+from compress.layout import Layout
+from compress.record import record_of
 from compress.state import State
 from compress.stream import width_of
 from compress.uniform import HIDDEN

@@ -76,7 +76,7 @@ class Merge(Pass):
 
 def refuse_unlike(state: State, other: State, number: int) -> None:
     """Raise LayoutError where model `number` is not what the first is: of other weights, units, blocks or tokens."""
-    from compress.layout import record_of
+    from compress.record import record_of
 
     mine, theirs = ({name: tuple(one.shape) for name, one in each.model.named_parameters()} for each in (state, other))
     for name in (*mine, *theirs):

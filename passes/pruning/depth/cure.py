@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from compress.errors import DataError
-from compress.layout import own_record
 from compress.lowrank import LowRank
 from compress.recipe import TrainingOptions
+from compress.record import own_record
 from compress.sharing import cure_
 from compress.state import State
 from passes.distillation.choice import Losses

@@ -61,8 +61,8 @@ class Fold(Pass):
     def run(self, state: State) -> Iterator[State]:
         """Yield the state with the model folded."""
         from compress.data.calibration import calibration
-        from compress.layout import own_record, prefix_of, record_of
         from compress.recipe import TrainingOptions
+        from compress.record import own_record, prefix_of, record_of
         from compress.sharing import share_
         from passes.pruning.depth.cure import cure
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compress.errors import LayoutError
-from compress.layout import Layout, record_of, stored_dim
+from compress.layout import Layout, stored_dim
+from compress.record import record_of
 from compress.uniform import HIDDEN, spans
 from passes.uses import LINEAR, uses_of
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compress.errors import LayoutError
-from compress.layout import RECORD, VERSION, Layout, record_of, stored_dim
+from compress.layout import Layout, stored_dim
+from compress.record import RECORD, VERSION, record_of
 from compress.uniform import HIDDEN, filled, resized
 from passes.pruning.rotate.stream import Stream
 from passes.pruning.uniform.candidates import above_weight
