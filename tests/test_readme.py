@@ -21,7 +21,7 @@ from tests.world import make_world
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 BLOCK = re.compile(r"<!-- (\w+) -->\n```(\w+)\n(.*?)```", re.DOTALL)
-IDS = ["branches", "gradual", "precision", "qat", "losses", "cached", "sparse"]  # of README's plans
+IDS = ["branches", "gradual", "precision", "qat", "losses", "cached", "sparse", "packed"]  # of README's plans
 PLANS = [*sorted((ROOT / "configs").glob("*.yaml")), ROOT / "compress" / "demo.yaml"]
 
 
@@ -32,7 +32,7 @@ def blocks(mark: str) -> list[str]:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("readme")
-    make_world(folder)
+    make_world(folder, blocks=3)  # the first and the last stay where blocks are dropped
     return folder
 
 
@@ -50,9 +50,7 @@ def test_the_python_blocks_run_one_after_another(world: Path, monkeypatch: pytes
     assert shared["hidden"].shape[::2] == (2, 32)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize(
-    "text", blocks("plan"), ids=["branches", "gradual", "precision", "qat", "losses", "cached", "sparse", "packed"]
-)
+@pytest.mark.parametrize("text", blocks("plan"), ids=IDS)
 def test_the_plan_is_fit_and_the_commands_about_it_run(text: str, world: Path) -> None:
     (world / "plan.yaml").write_text(text)
     for command in ("check plan.yaml", "explain plan.yaml", "explain plan.yaml --mermaid", "schema", "doctor"):
@@ -63,9 +61,7 @@ def test_the_plan_is_fit_and_the_commands_about_it_run(text: str, world: Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "text", blocks("plan"), ids=["branches", "gradual", "precision", "qat", "losses", "cached", "sparse", "packed"]
-)
+@pytest.mark.parametrize("text", blocks("plan"), ids=IDS)
 def test_the_plan_runs(text: str, world: Path, tmp_path: Path) -> None:
     (world / "plan.yaml").write_text(text)
     words = [sys.executable, "-m", "compress.cli", "run", "plan.yaml", "--out", str(tmp_path / "out")]

@@ -44,11 +44,11 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
-def make_world(folder: Path) -> None:
+def make_world(folder: Path, blocks: int = 2) -> None:
     """Write my-encoder, reviews.txt and reviews.tsv; nearly all the encoder's time goes to feed-forward columns."""
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=1024,
+        vocab_size=64, hidden_size=32, num_hidden_layers=blocks, num_attention_heads=4, intermediate_size=1024,
         max_position_embeddings=128,
     )  # fmt: skip
     BertModel(config).save_pretrained(folder / "my-encoder")
