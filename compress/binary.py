@@ -57,6 +57,11 @@ class PackedLinear(nn.Module):
         self.bits, self.scale = _empty(outputs, inputs)
         self.bias, self.read = bias, read
 
+    @property
+    def learned(self) -> int:
+        """Weights and bias, as they were trained."""
+        return self.in_features * self.out_features + (0 if self.bias is None else self.bias.numel())
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         codes, step = self.read(x)
@@ -85,6 +90,11 @@ class PackedEmbedding(nn.Module):
         super().__init__()
         self.num_embeddings, self.embedding_dim = rows, width
         self.bits, self.scale = _empty(rows, width)
+
+    @property
+    def learned(self) -> int:
+        """Weights, as they were trained."""
+        return self.num_embeddings * self.embedding_dim
 
     def forward(self, ids: Tensor) -> Tensor:
         """(...) -> (..., width)."""

@@ -65,6 +65,13 @@ class StoredLinear(nn.Module):
         self.inner = nn.Parameter(torch.empty(inputs), requires_grad=False) if method == "onebit" else None
         self.bias = bias
 
+    @property
+    def learned(self) -> int:
+        """Weights, bias and, of signs, the two vectors, as they were trained."""
+        vectors = [] if self.inner is None else [self.inner, self.outer]
+        beside = [*vectors, *([] if self.bias is None else [self.bias])]
+        return self.in_features * self.out_features + sum(one.numel() for one in beside)
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         if self.inner is not None and _reads_bits(x):

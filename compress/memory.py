@@ -1,11 +1,11 @@
-"""Memory: what weights take, and giving back what an export leaves in cycles and the C library keeps for later."""
+"""Memory: how many weights there are, what they take, and giving back what exports and the C library hold on to."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,3 +21,16 @@ def release() -> None:
 def stored_bytes(model: nn.Module) -> int:
     """What the weights take, on disk as in memory; matrices that are one count once."""
     return sum(one.numel() * one.element_size() for one in model.parameters())
+
+
+def stored_parameters(model: nn.Module) -> int:
+    """How many learned numbers a model stores; matrices that are one count once.
+
+    Packed layers tell it themselves, as `learned`: their zeros aren't stored, and the indices, bytes and scales that
+    stand for the rest are nothing that was learned beside it. So packing changes the count by the zeros alone.
+    """
+    packed: list[Any] = [module for module in model.modules() if hasattr(module, "learned")]
+    theirs = {id(one) for module in packed for one in module.parameters(recurse=False)}
+    others = [one for one in model.parameters() if id(one) not in theirs]
+    whole = sum(getattr(one, "quant_state", one).shape.numel() for one in others)  # bitsandbytes has two in a byte
+    return whole + sum(module.learned for module in packed)

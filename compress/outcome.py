@@ -12,7 +12,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from compress import store
@@ -22,6 +21,7 @@ from compress.evaluate import layer_similarity
 from compress.exports import Export, export, on_target, quality
 from compress.families import layout_of
 from compress.measure import Timing, measure, speedup
+from compress.memory import stored_bytes, stored_parameters
 from compress.plan import Node
 from compress.progress import say
 from compress.runner import Run, digest, remembered
@@ -169,12 +169,8 @@ def _told(timing: Timing, target: Target) -> dict[str, Any]:
 
 
 def _size(model: PreTrainedModel) -> dict[str, int]:
-    """Parameters, and the bytes that they take; a byte of a packed matrix holds eight."""
-    parameters = list(model.parameters())
-    return {
-        "parameters": sum(one.numel() * (8 if one.dtype == torch.uint8 else 1) for one in parameters),
-        "bytes": sum(one.numel() * one.element_size() for one in parameters),
-    }
+    """Parameters, zeros of packed layers left out, and the bytes that they take, indices and all."""
+    return {"parameters": stored_parameters(model), "bytes": stored_bytes(model)}
 
 
 def overfitted(task: Task, scores: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -118,7 +118,7 @@ class Timing(Record):
 class Measured(Record):
     """What is told alike of the dense model and of every branch."""
 
-    parameters: int | None = Field(None, ge=0)
+    parameters: int | None = Field(None, ge=0, description="learned numbers; zeros that aren't stored aren't counted")
     bytes: int | None = Field(None, ge=0, description="size of its tensors")
     milliseconds: float | None = Field(None, gt=0, description="median latency on the target")
     tokens_per_second: float | None = Field(

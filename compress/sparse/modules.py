@@ -33,6 +33,8 @@ class SparseLinear(nn.Module):
     Sixteen-bit values are stored as whole numbers of the same bits, so that casting the model doesn't widen them.
     """
 
+    bias: nn.Parameter | None
+
     def __init__(self, packed: Stored, bias: Tensor | None) -> None:
         super().__init__()
         self.as_node = False
@@ -56,6 +58,12 @@ class SparseLinear(nn.Module):
             one.view(torch.bfloat16) if name == halves and one.dtype == torch.int16 else one
             for name, one in held.items()
         ]
+
+    @property
+    def learned(self) -> int:
+        """Weights that aren't zero, and the bias."""
+        kept = int((self.packed().unpack() != 0).sum())
+        return kept if self.bias is None else kept + self.bias.numel()
 
     def packed(self) -> Stored:
         """The matrix."""
