@@ -136,7 +136,12 @@ def test_each_loss_alone_recovers(tmp_path, name):
     assert set(after.figures["history"][-1]) == {"step", "loss", "validation", name} | heads
 
 
-LEARNING = {"hidden": {"project": True}, "taid": {"weight": 2, "rise": 0.1}, "leaf": {"project": True}}
+LEARNING = {
+    "hidden": {"project": True},
+    "taid": {"weight": 2, "rise": 0.1},
+    "leaf": {"project": True},
+    "dac_kl": {"weight": 1},
+}
 
 
 @pytest.mark.parametrize(
@@ -178,7 +183,11 @@ def test_gradients_reach_the_student_and_what_is_beside_it_alone(tmp_path):
         compare.student.zero_grad()
     assert all(one.grad is None for one in compare.teacher.parameters())
     assert all(one.grad.abs().max() > 0 for one in compare.beside.parameters())
-    assert set(compare.beside) == {"taid", *(name for name, cls in LOSSES.items() if "project" in cls.model_fields)}
+    assert set(compare.beside) == {
+        "taid",
+        "dac_kl",
+        *(name for name, cls in LOSSES.items() if "project" in cls.model_fields),
+    }
 
 
 def test_losses_stay_float32_where_the_models_run_in_bfloat16(tmp_path):
@@ -362,6 +371,8 @@ def test_what_can_not_be_compared_is_told(tmp_path):
     state = make_state(tmp_path, "feature-extraction")
     with pytest.raises(TrainingError, match="'logits' reads predictions"):
         distill(state, losses={"logits": 1.0})
+    with pytest.raises(TrainingError, match=r"'topkd' is for text-classification, .*; met question-answering"):
+        Comparison(Losses(topkd=1.0), make_state(tmp_path, "question-answering"))
     with pytest.raises(TrainingError, match="feature-extraction has no loss"):
         list(Finetune().run(state))
 

@@ -29,6 +29,10 @@ def refuse_unfit(state: State, name: str, loss: Loss, loaded: bool) -> None:
             f"distill: loss '{name}' compares what language models expect of a text; expected text-generation, "
             f"not {state.task.name}"
         )
+    if loss.tasks and state.task.name not in loss.tasks:
+        raise TrainingError(
+            f"distill: loss '{name}' is for {', '.join(loss.tasks)}; met {state.task.name}, expected one of those"
+        )
     if loaded and isinstance(state.dense.model, Ensemble) and loss.reads & (Reads.STATES | Reads.ATTENTION):
         raise TrainingError(
             f"distill: loss '{name}' looks into one teacher, and there are several; expected losses of predictions"

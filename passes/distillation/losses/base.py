@@ -96,13 +96,14 @@ class Loss(Options):
 
     `vanishes` says that it is zero, with no gradient, where both models are the same; the others are least there.
     `drawn` says that of the teacher's predictions it takes `Draws`, from which it is estimated without bias,
-    `across` that it compares language models and takes a teacher whose tokens are others.
+    `across` that it compares language models and takes a teacher whose tokens are others, `tasks` which it is for.
     """
 
     reads: ClassVar[Reads]
     vanishes: ClassVar[bool] = True
     drawn: ClassVar[bool] = False
     across: ClassVar[bool] = False
+    tasks: ClassVar[tuple[str, ...]] = ()  # all that have what it reads
 
     weight: float = Field(default=1.0, ge=0, description="what it counts in the sum; 0 leaves it out")
 
