@@ -19,7 +19,7 @@ from passes.distillation.distill import Distill
 from passes.distillation.heads import tap
 from passes.distillation.losses import LOSSES, logit_kl, square_head
 from passes.distillation.losses.attention import attention, likeness, relation, relation_heads
-from passes.distillation.losses.base import Heads, Seen, Widths, kl, pooled
+from passes.distillation.losses.base import Heads, Sample, Seen, Widths, kl, pooled
 from passes.distillation.losses.embeddings import (
     info_nce,
     lead,
@@ -31,12 +31,12 @@ from passes.distillation.losses.embeddings import (
 from passes.distillation.losses.focused import amplified, clipped_kl
 from passes.distillation.losses.logits import most_to_gain, plan
 from passes.distillation.losses.states import OFFICIAL_EPSILON, graph_distance, token_distance
+from passes.distillation.losses.subclasses import splits, subclass_logs
 from passes.distillation.losses.tasks import listwise_kl, margin_mse
 from tests.conftest import TINY
 
-BATCH, LENGTH, WIDTH, BLOCKS, CLASSES = 4, 7, 6, 3, 5
+BATCH, LENGTH, WIDTH, BLOCKS, CLASSES, READ = 4, 7, 6, 3, 5, 9
 MASK = torch.arange(LENGTH)[None] < torch.tensor([7, 4, 1, 5])[:, None]
-WIDTHS = Widths(WIDTH, WIDTH, BLOCKS)
 VANISHING = [name for name, cls in LOSSES.items() if cls.vanishes]
 PROJECTED = [name for name, cls in LOSSES.items() if "project" in cls.model_fields]
 DIVERGENCES = [name for name, cls in LOSSES.items() if hasattr(cls, "between")]
@@ -52,7 +52,12 @@ def tensors(seed: int) -> dict[str, list[torch.Tensor]]:
         "states": [draw(seed * 10 + block, BATCH, LENGTH, WIDTH) for block in range(BLOCKS)],
         "predictions": [draw(seed * 10 + 7, BATCH, LENGTH, CLASSES)],
         "heads": list(draw(seed * 10 + 8, 3, BATCH, 2, LENGTH, 3)),
+        "features": [draw(seed * 10 + 9, BATCH, LENGTH, READ)],
     }
+
+
+SAMPLE = Sample(draw(5, 60, READ), 2 * draw(6, 60, CLASSES), draw(7, CLASSES, READ))
+WIDTHS = Widths(WIDTH, WIDTH, BLOCKS, features=READ, sample=SAMPLE)
 
 
 def show(parts: dict[str, list[torch.Tensor]], mask: torch.Tensor = MASK) -> Seen:
@@ -62,7 +67,9 @@ def show(parts: dict[str, list[torch.Tensor]], mask: torch.Tensor = MASK) -> See
     chunks = ((mask.cumsum(1) - 1) // 2 + 4 * torch.arange(len(mask))[:, None]).masked_fill(~mask, -1)  # of two tokens
     tokens = torch.arange(mask.shape[1]).expand_as(mask) % CLASSES
     heads = Heads(*parts["heads"])
-    return Seen(mask, parts["states"], predictions, mask, heads, tokens=tokens, chunks=chunks, loss=loss)
+    (features,) = parts["features"]
+    more = {"tokens": tokens, "chunks": chunks, "features": features, "loss": loss}
+    return Seen(mask, parts["states"], predictions, mask, heads, **more)
 
 
 def leaves(seed: int) -> dict[str, list[torch.Tensor]]:
@@ -437,6 +444,55 @@ def test_the_rows_with_most_to_gain_are_kept(name):
     teacher = Seen(MASK, predictions=p, reference=Seen(MASK, predictions=known))
     alone = LOSSES[name](keep=0.1).of(Seen(MASK, predictions=q), teacher)
     torch.testing.assert_close(alone, full.compare(q[5:6], p[5:6]))
+
+
+# Subclasses.
+
+
+def test_subclasses_sum_to_their_class_whatever_splits_it():
+    logits, parts = draw(1, 9, CLASSES), 5 * draw(2, 9, CLASSES * 3)
+    found = subclass_logs(logits, parts).unflatten(-1, (CLASSES, 3))
+    torch.testing.assert_close(found.logsumexp(-1), logits.log_softmax(-1))
+    torch.testing.assert_close(found.log_softmax(-1), parts.unflatten(-1, (CLASSES, 3)).log_softmax(-1))
+
+
+def test_directions_of_subclasses_are_none_of_the_classes_and_vary_alike():
+    weight, bias = splits(SAMPLE, 3, 0.5)
+    assert weight.shape == (CLASSES * 3, READ)
+    assert (weight @ SAMPLE.weight.T).abs().max() < 1e-5
+    coordinates = (SAMPLE.features @ weight.T + bias).unflatten(-1, (CLASSES, 3))
+    shares = SAMPLE.logits.softmax(-1)[..., None]
+    means, squares = ((shares * one).sum(0) / shares.sum(0) for one in (coordinates, coordinates.square()))
+    assert means.abs().max() < 1e-5, "each class has its centre"
+    torch.testing.assert_close(squares.mean(-1), torch.full((CLASSES,), 4.0))  # 1 over the temperature, squared
+    lengths = weight.unflatten(0, (CLASSES, 3)) @ weight.unflatten(0, (CLASSES, 3)).mT
+    torch.testing.assert_close(lengths, lengths.diagonal(dim1=1, dim2=2).diag_embed(), rtol=1e-4, atol=1e-4)
+    assert len(splits(SAMPLE, 50, 0.5)[0]) == CLASSES * (READ - CLASSES), "no more than directions are left"
+
+
+def test_the_widest_directions_of_a_class_split_it():
+    # Two classes told by the first channel; of the others one is wide in the first class, another in the second.
+    features = draw(1, 400, 6) * 0.1
+    first = torch.arange(400) < 200
+    features[:, 0] = torch.where(first, 1.0, -1.0)
+    features[first, 2] *= 50
+    features[~first, 4] *= 50
+    logits = 20 * torch.stack([features[:, 0], -features[:, 0]], -1)
+    weight, _ = splits(Sample(features, logits, torch.tensor([[1.0], [-1.0]]) * torch.eye(6)[0]), 1, 1.0)
+    assert weight.abs().argmax(-1).tolist() == [2, 4]
+
+
+def test_what_subclasses_add_to_a_divergence_is_how_each_class_is_split():
+    student, teacher, loss = show(tensors(1)), show(tensors(2)), LOSSES["lelp"](subclasses=3)
+    own = loss.learned(WIDTHS)
+    whole, classes = loss.of(student, teacher, own), LOSSES["logits"]().of(student, teacher)
+    parts = [(one.read @ own.weight.T + own.bias).unflatten(-1, (CLASSES, 3)) for one in (teacher, student)]
+    apart = (teacher.logits.softmax(-1) * kl(*(one.log_softmax(-1) for one in parts))).sum(-1).mean()
+    torch.testing.assert_close(whole, classes + apart)
+    assert torch.equal(own.student.weight, own.weight), "as the widths are the same"
+    other = loss.learned(replace(WIDTHS, features=4))
+    assert other.student.weight.shape == (CLASSES * 3, 4)
+    assert other.student.weight.abs().max() == 0
 
 
 # States and embeddings.

@@ -31,6 +31,7 @@ from passes.distillation.losses.logits import (
     logit_kl,
 )
 from passes.distillation.losses.states import Cosine, Graph, Hidden, Tokens, square_head
+from passes.distillation.losses.subclasses import Lelp
 from passes.distillation.losses.tasks import Listwise, Margins, Task
 
 LOSSES: dict[str, type[Loss]] = {
@@ -38,7 +39,7 @@ LOSSES: dict[str, type[Loss]] = {
     for cls in (
         *(Hidden, Tokens, Cosine, Graph),
         *(Logits, Reverse, Jsd, Skew, SkewReverse, Taid, Sinkhorn, Pld),
-        *(Top, TopKd, DacKl),
+        *(Top, TopKd, DacKl, Lelp),
         *(Uld, Alm),
         *(Embedding, Leaf, Contrastive, Mutual, Similarity, Distances, Angles, Lead),
         *(Attention, Relations, Directions),
