@@ -18,6 +18,7 @@ from compress.target import Target
 from compress.tasks import TASKS
 from passes.distillation import distill as module
 from passes.distillation.choice import Losses
+from passes.distillation.classifier import classifier_of, features, read_by
 from passes.distillation.compare import HEAD, Comparison
 from passes.distillation.distill import Distill
 from passes.distillation.finetune import Finetune
@@ -30,6 +31,7 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 WORDS = tuple(f"word{number}" for number in range(40))
 SIZES = {"vocab_size": len(SPECIAL) + len(WORDS), "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
 SIZES |= {"intermediate_size": 32, "max_position_embeddings": 64, "pad_token_id": 0}
+GENERAL = [name for name, cls in LOSSES.items() if not cls.tasks or "text-generation" in cls.tasks]
 LABELLED = ("text-classification", "token-classification", "question-answering")
 
 
@@ -136,7 +138,13 @@ def test_each_loss_alone_recovers(tmp_path, name):
     assert set(after.figures["history"][-1]) == {"step", "loss", "validation", name} | heads
 
 
-LEARNING = {"hidden": {"project": True}, "taid": {"weight": 2, "rise": 0.1}, "leaf": {"project": True}}
+LEARNING = {
+    "hidden": {"project": True},
+    "taid": {"weight": 2, "rise": 0.1},
+    "leaf": {"project": True},
+    "dac_kl": {"weight": 1},
+    "lelp": {"subclasses": 4},
+}
 
 
 @pytest.mark.parametrize(
@@ -165,12 +173,12 @@ def test_a_killed_recovery_resumes_to_the_same_bits(tmp_path, options):
 def test_gradients_reach_the_student_and_what_is_beside_it_alone(tmp_path):
     state = make_state(tmp_path, "text-generation")
     prune(state, heads=2)
-    losses = {name: {"project": True} if "project" in cls.model_fields else 1.0 for name, cls in LOSSES.items()}
+    losses = {name: {"project": True} if "project" in LOSSES[name].model_fields else 1.0 for name in GENERAL}
     compare = Comparison(Losses(**losses), state)
     compare.teacher.requires_grad_(True)
     batch = next(iter(state.data.batches("train", 8)))
     found = compare.losses(compare.student, batch)
-    assert list(found) == list(LOSSES)
+    assert list(found) == GENERAL
     for name, loss in found.items():
         loss.backward(retain_graph=True)
         reached = [one.grad for one in compare.student.parameters() if one.grad is not None]
@@ -178,13 +186,17 @@ def test_gradients_reach_the_student_and_what_is_beside_it_alone(tmp_path):
         compare.student.zero_grad()
     assert all(one.grad is None for one in compare.teacher.parameters())
     assert all(one.grad.abs().max() > 0 for one in compare.beside.parameters())
-    assert set(compare.beside) == {"taid", *(name for name, cls in LOSSES.items() if "project" in cls.model_fields)}
+    assert set(compare.beside) == {
+        "taid",
+        "dac_kl",
+        *(name for name, cls in LOSSES.items() if "project" in cls.model_fields),
+    }
 
 
 def test_losses_stay_float32_where_the_models_run_in_bfloat16(tmp_path):
     state = make_state(tmp_path, "text-generation")
     prune(state, heads=2)
-    compare = Comparison(Losses(**dict.fromkeys(set(LOSSES) - {"task"}, 1.0)), state)
+    compare = Comparison(Losses(**dict.fromkeys(set(GENERAL) - {"task"}, 1.0)), state)
     batch = next(iter(state.data.batches("train", 8)))
     with torch.autocast("cpu", torch.bfloat16):
         found = compare.losses(compare.student, batch)
@@ -362,8 +374,62 @@ def test_what_can_not_be_compared_is_told(tmp_path):
     state = make_state(tmp_path, "feature-extraction")
     with pytest.raises(TrainingError, match="'logits' reads predictions"):
         distill(state, losses={"logits": 1.0})
+    with pytest.raises(TrainingError, match=r"'topkd' is for text-classification, .*; met question-answering"):
+        Comparison(Losses(topkd=1.0), make_state(tmp_path, "question-answering"))
     with pytest.raises(TrainingError, match="feature-extraction has no loss"):
         list(Finetune().run(state))
+
+
+FAMILIES = ["Bert", "DistilBert", "Roberta", "MPNet", "Electra", "Llama", "GPT2"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("task", ["SequenceClassification", "TokenClassification"])
+def test_what_a_classifier_reads_gives_the_predictions(family, task):
+    config = getattr(transformers, f"{family}Config")(**{**SIZES, "num_labels": 3, "n_layer": 2, "n_head": 2})
+    model = getattr(transformers, f"{family}For{task}")(config).eval()
+    inputs = {"input_ids": torch.randint(5, 40, (3, 6)), "attention_mask": torch.ones(3, 6, dtype=torch.long)}
+    for row, real in enumerate((6, 4, 1)):
+        inputs["input_ids"][row, real:] = config.pad_token_id or 0
+        inputs["attention_mask"][row, real:] = 0
+    config.pad_token_id = config.pad_token_id or 0
+    classifier = classifier_of(model)
+    with torch.no_grad(), read_by(classifier) as read:
+        logits = model(**inputs).logits
+    torch.testing.assert_close(classifier(features(read[0], logits, inputs["attention_mask"].bool())), logits)
+
+
+def test_a_model_without_a_classifier_over_classes_is_told(tmp_path):
+    state = make_state(tmp_path, "text-classification")
+    state.model.classifier = torch.nn.Identity()
+    with pytest.raises(TrainingError, match="BertForSequenceClassification has no linear classifier, over 2 classes"):
+        Comparison(Losses(lelp=1.0), state)
+    with pytest.raises(ValueError, match="'lelp' reads what the classifier reads, which teach does not store"):
+        Distill(losses={"lelp": 1.0}, cached=True)
+
+
+@pytest.mark.parametrize("task", ["text-classification", "token-classification"])
+def test_a_student_learns_how_its_teacher_splits_classes(tmp_path, task):
+    state = make_state(tmp_path, task)
+    narrow = copy.deepcopy(state.model.config)
+    narrow.hidden_size, narrow.intermediate_size = 8, 16
+    torch.manual_seed(1)
+    state.model = getattr(transformers, state.task.auto).from_config(narrow)
+    state.layout = layout_of(state.model)
+    names, mine = set(state.model.state_dict()), state.model
+    compare = Comparison(Losses(lelp={"subclasses": 4}, logits=1.0), state)
+    assert compare.beside["lelp"].student.weight.shape == (4 * len(state.data.labels), 8)
+    after = distill(state, steps=120, losses={"lelp": {"subclasses": 4}})
+    assert after.figures["loss_after"] < 0.9 * after.figures["loss_before"]
+    assert after.model is mine
+    assert set(mine.state_dict()) == names
+    padded = next(iter(state.data.batches("train", 8, seed=1)))
+    longer = {name: torch.nn.functional.pad(one, (0, 5)) if one.ndim == 2 else one for name, one in padded.items()}
+    if "labels" in padded and padded["labels"].ndim == 2:
+        longer["labels"] = torch.nn.functional.pad(padded["labels"], (0, 5), value=-100)
+    mine.eval()
+    found = [compare.losses(mine, one)["lelp"] for one in (padded, longer)]
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
 
 
 def test_labels_are_asked_for_where_the_task_loss_is(tmp_path):

@@ -19,7 +19,7 @@ from passes.distillation.distill import Distill
 from passes.distillation.heads import tap
 from passes.distillation.losses import LOSSES, logit_kl, square_head
 from passes.distillation.losses.attention import attention, likeness, relation, relation_heads
-from passes.distillation.losses.base import Heads, Seen, Widths, pooled
+from passes.distillation.losses.base import Heads, Sample, Seen, Widths, kl, pooled
 from passes.distillation.losses.embeddings import (
     info_nce,
     lead,
@@ -28,14 +28,15 @@ from passes.distillation.losses.embeddings import (
     rkd_distance,
     similarity_distance,
 )
+from passes.distillation.losses.focused import amplified, clipped_kl
 from passes.distillation.losses.logits import most_to_gain, plan
 from passes.distillation.losses.states import OFFICIAL_EPSILON, graph_distance, token_distance
+from passes.distillation.losses.subclasses import splits, subclass_logs
 from passes.distillation.losses.tasks import listwise_kl, margin_mse
 from tests.conftest import TINY
 
-BATCH, LENGTH, WIDTH, BLOCKS, CLASSES = 4, 7, 6, 3, 5
+BATCH, LENGTH, WIDTH, BLOCKS, CLASSES, READ = 4, 7, 6, 3, 5, 9
 MASK = torch.arange(LENGTH)[None] < torch.tensor([7, 4, 1, 5])[:, None]
-WIDTHS = Widths(WIDTH, WIDTH, BLOCKS)
 VANISHING = [name for name, cls in LOSSES.items() if cls.vanishes]
 PROJECTED = [name for name, cls in LOSSES.items() if "project" in cls.model_fields]
 DIVERGENCES = [name for name, cls in LOSSES.items() if hasattr(cls, "between")]
@@ -51,7 +52,12 @@ def tensors(seed: int) -> dict[str, list[torch.Tensor]]:
         "states": [draw(seed * 10 + block, BATCH, LENGTH, WIDTH) for block in range(BLOCKS)],
         "predictions": [draw(seed * 10 + 7, BATCH, LENGTH, CLASSES)],
         "heads": list(draw(seed * 10 + 8, 3, BATCH, 2, LENGTH, 3)),
+        "features": [draw(seed * 10 + 9, BATCH, LENGTH, READ)],
     }
+
+
+SAMPLE = Sample(draw(5, 60, READ), 2 * draw(6, 60, CLASSES), draw(7, CLASSES, READ))
+WIDTHS = Widths(WIDTH, WIDTH, BLOCKS, features=READ, sample=SAMPLE)
 
 
 def show(parts: dict[str, list[torch.Tensor]], mask: torch.Tensor = MASK) -> Seen:
@@ -61,11 +67,20 @@ def show(parts: dict[str, list[torch.Tensor]], mask: torch.Tensor = MASK) -> See
     chunks = ((mask.cumsum(1) - 1) // 2 + 4 * torch.arange(len(mask))[:, None]).masked_fill(~mask, -1)  # of two tokens
     tokens = torch.arange(mask.shape[1]).expand_as(mask) % CLASSES
     heads = Heads(*parts["heads"])
-    return Seen(mask, parts["states"], predictions, mask, heads, tokens=tokens, chunks=chunks, loss=loss)
+    (features,) = parts["features"]
+    more = {"tokens": tokens, "chunks": chunks, "features": features, "loss": loss}
+    return Seen(mask, parts["states"], predictions, mask, heads, **more)
 
 
 def leaves(seed: int) -> dict[str, list[torch.Tensor]]:
     return {name: [one.requires_grad_() for one in parts] for name, parts in tensors(seed).items()}
+
+
+def taken(name: str, student: Seen, teacher: Seen) -> torch.Tensor:
+    """The loss with the network or the map that it always learns; counts that a run keeps are none."""
+    loss = LOSSES[name]()
+    own = loss.learned(WIDTHS)
+    return loss.of(student, teacher, own if own is not None and any(True for _ in own.parameters()) else None)
 
 
 def flat(parts: dict[str, list[torch.Tensor]]) -> list[torch.Tensor]:
@@ -84,7 +99,7 @@ def spoiled(parts: dict[str, list[torch.Tensor]], value: float) -> dict[str, lis
 @pytest.mark.parametrize("name", VANISHING)
 def test_a_twin_has_no_loss_and_no_gradient(name):
     student = leaves(1)
-    loss = LOSSES[name]().of(show(student), show(tensors(1)))
+    loss = taken(name, show(student), show(tensors(1)))
     loss.backward()
     assert abs(loss.item()) < 1e-6
     assert all(one.grad is None or one.grad.abs().max() < 1e-6 for one in flat(student))
@@ -93,14 +108,14 @@ def test_a_twin_has_no_loss_and_no_gradient(name):
 @pytest.mark.parametrize("name", [name for name in LOSSES if name not in VANISHING])
 def test_no_stranger_has_less_loss_than_a_twin(name):
     teacher = show(tensors(2))
-    twin = LOSSES[name]().of(teacher, teacher)
-    assert all(twin < LOSSES[name]().of(show(tensors(seed)), teacher) for seed in range(3, 9))
+    twin = taken(name, teacher, teacher)
+    assert all(twin < taken(name, show(tensors(seed)), teacher) for seed in range(3, 9))
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_stranger_has_a_loss_and_its_gradient_lowers_it(name):
-    loss, student, teacher = LOSSES[name](), leaves(1), show(tensors(2))
-    before = loss.of(show(student), teacher)
+    student, teacher = leaves(1), show(tensors(2))
+    before = taken(name, show(student), teacher)
     before.backward()
     before = before.detach()
     slope = sum(float(one.grad.square().sum()) for one in flat(student) if one.grad is not None)
@@ -108,18 +123,18 @@ def test_a_stranger_has_a_loss_and_its_gradient_lowers_it(name):
         key: [one.detach() - 1e-3 / slope * (one.grad if one.grad is not None else 0) for one in several]
         for key, several in student.items()
     }
-    after = loss.of(show(moved), teacher)
+    after = taken(name, show(moved), teacher).detach()
     assert float(before - after) == pytest.approx(1e-3, rel=0.2)
-    assert after > 0 or not loss.vanishes
+    assert after > 0 or not LOSSES[name].vanishes
 
 
 @pytest.mark.parametrize("poison", [1e3, math.nan])
 @pytest.mark.parametrize("name", LOSSES)
 def test_padding_never_matters(name, poison):
     student = {key: [one.requires_grad_() for one in several] for key, several in spoiled(tensors(1), poison).items()}
-    loss = LOSSES[name]().of(show(student), show(spoiled(tensors(2), -poison)))
+    loss = taken(name, show(student), show(spoiled(tensors(2), -poison)))
     loss.backward()
-    assert torch.equal(loss, LOSSES[name]().of(show(tensors(1)), show(tensors(2))))
+    assert torch.equal(loss, taken(name, show(tensors(1)), show(tensors(2))))
     gradients = {key: [one.grad for one in several if one.grad is not None] for key, several in student.items()}
     assert flat(gradients)
     for key, several in gradients.items():
@@ -135,9 +150,9 @@ def test_more_padding_changes_nothing(name):
         return {key: [torch.nn.functional.pad(one, (0, 0, 0, 3)) for one in two] for key, two in parts.items()}
 
     mask = torch.nn.functional.pad(MASK, (0, 3))
-    loss, pair = LOSSES[name](), (tensors(1), tensors(2))
+    pair = (tensors(1), tensors(2))
     long = [replace(show(longer(parts), mask), loss=show(parts).loss) for parts in pair]
-    torch.testing.assert_close(loss.of(*long), loss.of(*map(show, pair)))
+    torch.testing.assert_close(taken(name, *long), taken(name, *map(show, pair)))
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -145,11 +160,11 @@ def test_the_arithmetic_is_float32_whatever_comes_in(name):
     half = {key: [one.detach().bfloat16().requires_grad_() for one in several] for key, several in leaves(1).items()}
     full = {key: [one.detach().float() for one in several] for key, several in half.items()}
     teacher = {key: [one.bfloat16() for one in several] for key, several in tensors(2).items()}
-    loss = LOSSES[name]().of(show(half), show(teacher))
+    loss = taken(name, show(half), show(teacher))
     loss.backward()
     assert all(one.grad is None or one.grad.isfinite().all() for one in flat(half))
     if name != "task":  # a model's own loss is its own affair
-        exact = LOSSES[name]().of(show(full), show({key: [one.float() for one in two] for key, two in teacher.items()}))
+        exact = taken(name, show(full), show({key: [one.float() for one in two] for key, two in teacher.items()}))
         assert torch.equal(loss, exact)
 
 
@@ -158,7 +173,7 @@ def test_a_batch_of_one_token_has_a_loss_that_is_a_number(name):
     student = {key: [one[:1].detach().requires_grad_() for one in several] for key, several in tensors(1).items()}
     teacher = {key: [one[:1] for one in several] for key, several in tensors(2).items()}
     one = (torch.arange(LENGTH) < 1)[None]
-    loss = LOSSES[name]().of(show(student, one), show(teacher, one))
+    loss = taken(name, show(student, one), show(teacher, one))
     loss.backward()
     assert loss.isfinite()
     assert all(one.grad is None or one.grad.isfinite().all() for one in flat(student))
@@ -170,7 +185,7 @@ def test_losses_that_need_no_equal_widths_take_others(name):
     narrow = {**parts, "states": [one[..., :4] for one in parts["states"]]}
     if not getattr(LOSSES[name], "head_by_head", False):  # else they are as many, of any size
         narrow["heads"] = [torch.cat([one, one[:, :1]], 1) for one in parts["heads"]]
-    assert LOSSES[name]().of(show(narrow), show(tensors(2))).isfinite()
+    assert taken(name, show(narrow), show(tensors(2))).isfinite()
 
 
 @pytest.mark.parametrize("name", PROJECTED)
@@ -280,6 +295,74 @@ def test_recalibrated_top_classes_are_less_sure():
     assert losses[-1] < 1e-3
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_distribution_that_is_kept_whole_has_all_of_the_divergence(seed):
+    q, p = (3 * draw(one, 9, 40) for one in (seed, seed + 20))
+    forward = distance("logits", q, p)
+    whole = LOSSES["dac_kl"](mass=1.0)
+    assert whole.compare(q, p, own=whole.learned(WIDTHS)).item() == pytest.approx(forward, rel=1e-4)
+    logs = [one.log_softmax(-1).sort(-1, descending=True).values for one in (p, q)]
+    found = clipped_kl(*logs, torch.zeros(9, 1), torch.ones(9, 1))
+    torch.testing.assert_close(found, kl(*logs), rtol=1e-4, atol=1e-5)
+
+
+def test_a_clipped_divergence_is_that_of_what_is_left():
+    # Of 0.5, 0.25, 0.125, ... the quantiles 0.25 and 0.75 keep half of the first class and all of the second.
+    p = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
+    q = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
+    found = clipped_kl(p, q, torch.tensor([[0.25]]), torch.tensor([[0.75]]))
+    left = torch.tensor([0.5, 0.5]), torch.tensor([0.2, 0.3]) / 0.5
+    assert found.item() == pytest.approx(kl(*(one.log() for one in left)).item(), rel=1e-5)
+    first = clipped_kl(p, q, torch.tensor([[0.1]]), torch.tensor([[0.5]]))
+    assert first.item() == pytest.approx(0, abs=1e-6), "a single class has nothing to be compared with"
+
+
+def test_the_network_that_clips_learns_to_cut_and_leaves_what_it_must():
+    q, p, loss = 3 * draw(1, 9, 40), 3 * draw(2, 9, 40), LOSSES["dac_kl"](mass=0.6)
+    own = loss.learned(WIDTHS)
+    assert all(torch.equal(*pair) for pair in zip(own.parameters(), loss.learned(WIDTHS).parameters(), strict=True))
+    optimizer = torch.optim.Adam(own.parameters(), 0.05)
+    found = []
+    for _ in range(60):
+        found.append(loss.compare(q, p, own=own))
+        found[-1].backward()
+        assert all(one.grad.abs().max() > 0 for one in own.parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert 0 < found[-1] < 0.9 * found[0]
+    with torch.no_grad():
+        whole = loss.compare(q, p, own=own).item()
+    assert whole == pytest.approx(distance("logits", q, p), rel=1e-5), "a validation is by all of the distribution"
+
+
+def test_raised_logits_keep_their_order_and_lead():
+    logits = draw(1, 9, 12)
+    logits -= logits.mean(-1, keepdim=True)
+    top = logits.topk(3, -1).indices
+    assert torch.equal(amplified(logits, top, 0.0, 0.0), logits)
+    raised = amplified(logits, top, 0.5, 0.1)
+    assert torch.equal(raised.argsort(-1)[:, -3:], logits.argsort(-1)[:, -3:])
+    beyond = torch.ones_like(logits, dtype=torch.bool).scatter(-1, top, False)
+    assert torch.equal(raised[beyond], logits[beyond])
+    high = logits.gather(-1, top)
+    lead = high.mean(-1) - logits[beyond].view(9, 9).mean(-1)
+    torch.testing.assert_close(raised.gather(-1, top)[:, 0], 1.5 * high[:, 0] + 0.1 * lead)
+
+
+def test_directions_of_logits_ignore_their_size_and_rows_do_not():
+    p, q = draw(1, 9, 12), draw(2, 9, 12)
+    bare, whole = ({"scale": 0.0, "lift": 0.0, "contrast": contrast} for contrast in (0.0, 1.0))
+    assert distance("topkd", 3 * q, p, **bare) == pytest.approx(distance("topkd", q, p, **bare), rel=1e-4)
+    assert distance("topkd", 3 * p, p, **bare) == pytest.approx(0, abs=1e-5)
+    assert distance("topkd", 3 * q, p, **whole) != pytest.approx(distance("topkd", q, p, **whole), rel=1e-2)
+    raised = {**bare, "scale": 1.0}
+    assert distance("topkd", p, p, **raised) > 1e-3, "the goal is more than the teacher"
+    two = [one[:, :2].clone().requires_grad_() for one in (q, p)]
+    LOSSES["topkd"](**bare).compare(*two).backward()
+    assert two[0].grad.abs().max() < 1e-5, "of two classes a cosine says nothing"
+    assert distance("topkd", p, p) < distance("topkd", p.roll(1, 0), p)
+
+
 def test_plackett_luce_of_two_classes_is_a_choice_between_them():
     # The last of a list is no choice any more, so only the first pays: minus log q, weighed by p.
     p, q = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.5, 0.1]])
@@ -361,6 +444,55 @@ def test_the_rows_with_most_to_gain_are_kept(name):
     teacher = Seen(MASK, predictions=p, reference=Seen(MASK, predictions=known))
     alone = LOSSES[name](keep=0.1).of(Seen(MASK, predictions=q), teacher)
     torch.testing.assert_close(alone, full.compare(q[5:6], p[5:6]))
+
+
+# Subclasses.
+
+
+def test_subclasses_sum_to_their_class_whatever_splits_it():
+    logits, parts = draw(1, 9, CLASSES), 5 * draw(2, 9, CLASSES * 3)
+    found = subclass_logs(logits, parts).unflatten(-1, (CLASSES, 3))
+    torch.testing.assert_close(found.logsumexp(-1), logits.log_softmax(-1))
+    torch.testing.assert_close(found.log_softmax(-1), parts.unflatten(-1, (CLASSES, 3)).log_softmax(-1))
+
+
+def test_directions_of_subclasses_are_none_of_the_classes_and_vary_alike():
+    weight, bias = splits(SAMPLE, 3, 0.5)
+    assert weight.shape == (CLASSES * 3, READ)
+    assert (weight @ SAMPLE.weight.T).abs().max() < 1e-5
+    coordinates = (SAMPLE.features @ weight.T + bias).unflatten(-1, (CLASSES, 3))
+    shares = SAMPLE.logits.softmax(-1)[..., None]
+    means, squares = ((shares * one).sum(0) / shares.sum(0) for one in (coordinates, coordinates.square()))
+    assert means.abs().max() < 1e-5, "each class has its centre"
+    torch.testing.assert_close(squares.mean(-1), torch.full((CLASSES,), 4.0))  # 1 over the temperature, squared
+    lengths = weight.unflatten(0, (CLASSES, 3)) @ weight.unflatten(0, (CLASSES, 3)).mT
+    torch.testing.assert_close(lengths, lengths.diagonal(dim1=1, dim2=2).diag_embed(), rtol=1e-4, atol=1e-4)
+    assert len(splits(SAMPLE, 50, 0.5)[0]) == CLASSES * (READ - CLASSES), "no more than directions are left"
+
+
+def test_the_widest_directions_of_a_class_split_it():
+    # Two classes told by the first channel; of the others one is wide in the first class, another in the second.
+    features = draw(1, 400, 6) * 0.1
+    first = torch.arange(400) < 200
+    features[:, 0] = torch.where(first, 1.0, -1.0)
+    features[first, 2] *= 50
+    features[~first, 4] *= 50
+    logits = 20 * torch.stack([features[:, 0], -features[:, 0]], -1)
+    weight, _ = splits(Sample(features, logits, torch.tensor([[1.0], [-1.0]]) * torch.eye(6)[0]), 1, 1.0)
+    assert weight.abs().argmax(-1).tolist() == [2, 4]
+
+
+def test_what_subclasses_add_to_a_divergence_is_how_each_class_is_split():
+    student, teacher, loss = show(tensors(1)), show(tensors(2)), LOSSES["lelp"](subclasses=3)
+    own = loss.learned(WIDTHS)
+    whole, classes = loss.of(student, teacher, own), LOSSES["logits"]().of(student, teacher)
+    parts = [(one.read @ own.weight.T + own.bias).unflatten(-1, (CLASSES, 3)) for one in (teacher, student)]
+    apart = (teacher.logits.softmax(-1) * kl(*(one.log_softmax(-1) for one in parts))).sum(-1).mean()
+    torch.testing.assert_close(whole, classes + apart)
+    assert torch.equal(own.student.weight, own.weight), "as the widths are the same"
+    other = loss.learned(replace(WIDTHS, features=4))
+    assert other.student.weight.shape == (CLASSES * 3, 4)
+    assert other.student.weight.abs().max() == 0
 
 
 # States and embeddings.

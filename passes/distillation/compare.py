@@ -26,6 +26,7 @@ from compress.state import State
 from compress.training import Batch, Beside, train
 from passes.distillation.choice import Losses
 from passes.distillation.chunked import headless, linear_head, next_token, projected
+from passes.distillation.classifier import classifier_of, features, read_by, sample_of
 from passes.distillation.heads import Tap, tap
 from passes.distillation.losses.base import Reads, Seen
 from passes.distillation.losses.states import total
@@ -79,7 +80,14 @@ class Comparison:
             if loss.reads & Reads.ATTENTION
         }
         self.heads = self.linear_heads()
-        learned = {name: loss.learned(widths_of(state)) for name, loss in self.chosen.items()}
+        self.classifiers: Any = (None, None)
+        widths = widths_of(state)
+        if self.reads & Reads.FEATURES:
+            self.classifiers = mine, theirs = classifier_of(state.model), classifier_of(teacher)
+            texts = max(getattr(loss, "sample", 0) for loss in self.chosen.values())
+            sample = sample_of(lambda batch: self.look(teacher, batch, 1)[0], teacher, theirs, state.data, texts)
+            widths = replace(widths, features=mine.in_features, sample=sample)
+        learned = {name: loss.learned(widths) for name, loss in self.chosen.items()}
         self.beside = Beside({name: part for name, part in learned.items() if part is not None})
 
     def linear_heads(self) -> tuple[nn.Linear | None, nn.Linear | None]:
@@ -158,9 +166,11 @@ class Comparison:
         given = {name: part for name, part in batch.items() if name in self.inputs}
         labels = labels_of(batch)
         asked = labels if side == 0 and self.reads & Reads.LABELS else {}
+        classifier = None if side is None else self.classifiers[side]
         taps = {} if side is None else {name: [pair[side] for pair in pairs] for name, pairs in self.taps.items()}
         with ExitStack() as opened:
             found = {name: [opened.enter_context(one.open()) for one in several] for name, several in taps.items()}
+            read = opened.enter_context(read_by(classifier)) if classifier is not None else []
             if head is not None:
                 opened.enter_context(headless(head))
             outputs = model(**given, **({} if head is not None else asked), **self.extras)
@@ -171,6 +181,8 @@ class Comparison:
             counted = _rows(outputs, mask, labels, ahead=self.state.task.generates)
             tokens = batch["input_ids"].roll(-1, 1)
             seen = replace(seen, predictions=_predictions(outputs, mask), counted=counted, tokens=tokens)
+        if read:
+            seen = replace(seen, features=features(read[0], seen.predictions, mask))
         if head is not None:
             predictions = projected(outputs.logits, head)
             seen = replace(seen, predictions=predictions, loss=next_token(predictions, **asked) if asked else None)

@@ -120,8 +120,9 @@ class Distill(TrainingOptions, Pass):
         chosen = self.losses.chosen() if self.losses else {}
         losses = chosen.values()
         for name, loss in chosen.items() if self.cached else ():
-            if loss.reads & Reads.ATTENTION:
-                raise ValueError(f"loss '{name}' reads attention, which teach does not store; expected no cached")
+            for kind, what in ((Reads.ATTENTION, "attention"), (Reads.FEATURES, "what the classifier reads")):
+                if loss.reads & kind:
+                    raise ValueError(f"loss '{name}' reads {what}, which teach does not store; expected no cached")
         if self.cached and not any(loss.reads & (Reads.PREDICTIONS | Reads.STATES) for loss in losses):
             raise ValueError("cached is given, and no loss that asks the teacher; expected one, such as logits: 1")
         elsewhere = [name for name in ("teachers", "data", "on_policy", "mixture") if getattr(self, name)]

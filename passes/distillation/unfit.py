@@ -14,6 +14,7 @@ from passes.distillation.pairs import places, same_hidden_width
 from passes.distillation.teachers import Ensemble
 
 HEAD = Reads.PREDICTIONS | Reads.LABELS
+INSIDE = Reads.STATES | Reads.ATTENTION | Reads.FEATURES
 
 
 def refuse_unfit(state: State, name: str, loss: Loss, loaded: bool) -> None:
@@ -29,7 +30,11 @@ def refuse_unfit(state: State, name: str, loss: Loss, loaded: bool) -> None:
             f"distill: loss '{name}' compares what language models expect of a text; expected text-generation, "
             f"not {state.task.name}"
         )
-    if loaded and isinstance(state.dense.model, Ensemble) and loss.reads & (Reads.STATES | Reads.ATTENTION):
+    if loss.tasks and state.task.name not in loss.tasks:
+        raise TrainingError(
+            f"distill: loss '{name}' is for {', '.join(loss.tasks)}; met {state.task.name}, expected one of those"
+        )
+    if loaded and isinstance(state.dense.model, Ensemble) and loss.reads & INSIDE:
         raise TrainingError(
             f"distill: loss '{name}' looks into one teacher, and there are several; expected losses of predictions"
         )

@@ -18,6 +18,7 @@ from passes.distillation.losses.embeddings import (
     Mutual,
     Similarity,
 )
+from passes.distillation.losses.focused import DacKl, Top, TopKd
 from passes.distillation.losses.logits import (
     Jsd,
     Logits,
@@ -27,17 +28,18 @@ from passes.distillation.losses.logits import (
     Skew,
     SkewReverse,
     Taid,
-    Top,
     logit_kl,
 )
 from passes.distillation.losses.states import Cosine, Graph, Hidden, Tokens, square_head
+from passes.distillation.losses.subclasses import Lelp
 from passes.distillation.losses.tasks import Listwise, Margins, Task
 
 LOSSES: dict[str, type[Loss]] = {
     cls.named or cls.__name__.lower(): cls
     for cls in (
         *(Hidden, Tokens, Cosine, Graph),
-        *(Logits, Reverse, Jsd, Skew, SkewReverse, Taid, Top, Sinkhorn, Pld),
+        *(Logits, Reverse, Jsd, Skew, SkewReverse, Taid, Sinkhorn, Pld),
+        *(Top, TopKd, DacKl, Lelp),
         *(Uld, Alm),
         *(Embedding, Leaf, Contrastive, Mutual, Similarity, Distances, Angles, Lead),
         *(Attention, Relations, Directions),

@@ -28,6 +28,7 @@ class Reads(enum.Flag):
     PREDICTIONS = enum.auto()
     ATTENTION = enum.auto()
     LABELS = enum.auto()
+    FEATURES = enum.auto()
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,11 @@ class Seen:
 
     `mask` (batch, sequence) is true at real tokens; `states` are (batch, sequence, hidden), one tensor a block that is
     compared; `predictions` are (..., classes), `counted` says which rows of them count, all where None; `heads` are
-    those of one attention; `loss` is the model's own on the labels. Of a language model `tokens` (batch, sequence) are
-    those predicted, and `chunks` (batch, sequence) the number of the chunk of text, the same in both models, that each
-    is a part of, -1 where of none. Beside a teacher may stand a `reference`, a student
-    that has learned already. `share` is that of the training run that is done.
+    those of one attention; `features` (..., width) are what the classifier read for each of the predictions; `loss` is
+    the model's own on the labels. Of a language model `tokens` (batch, sequence) are those predicted, and `chunks`
+    (batch, sequence) the number of the chunk of text, the same in both models, that each is a part of, -1 where of
+    none. Beside a teacher may stand a `reference`, a student that has learned already. `share` is that of the training
+    run that is done.
 
     Predictions may also be `Projected`, and a teacher's `Draws`, for losses that say that they take them.
     """
@@ -64,6 +66,7 @@ class Seen:
     heads: Any = None
     tokens: Any = None
     chunks: Any = None
+    features: Any = None
     loss: Any = None
     reference: Seen | None = None
     share: float = 1.0
@@ -74,21 +77,42 @@ class Seen:
         return rows_of(self.predictions, self.counted)
 
     @cached_property
+    def read(self) -> Tensor:
+        """What the classifier read for the predictions that count: (rows, width)."""
+        return rows_of(self.features, self.counted)
+
+    @cached_property
     def embeddings(self) -> Tensor:
         """The last states averaged over real tokens: (batch, hidden)."""
         return pooled(self.states[-1], self.mask)
 
 
 @dataclass(frozen=True)
+class Sample:
+    """What a teacher's classifier with a `weight` (classes, width) reads of some rows, and the logits it gives.
+
+    `features` are (rows, width), `logits` (rows, classes).
+    """
+
+    features: Tensor
+    logits: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True)
 class Widths:
     """What a learned part has to fit: both hidden widths, the number of blocks compared, and `kept`, which of the
     teacher's channels the student's are, where they are known.
+
+    Where a loss reads features there are the width of what the student's classifier reads, and a teacher's sample.
     """
 
     student: int
     teacher: int
     blocks: int
     kept: Sequence[int] | None = None
+    features: int = 0
+    sample: Sample | None = None
 
 
 class Loss(Options):
@@ -96,13 +120,14 @@ class Loss(Options):
 
     `vanishes` says that it is zero, with no gradient, where both models are the same; the others are least there.
     `drawn` says that of the teacher's predictions it takes `Draws`, from which it is estimated without bias,
-    `across` that it compares language models and takes a teacher whose tokens are others.
+    `across` that it compares language models and takes a teacher whose tokens are others, `tasks` which it is for.
     """
 
     reads: ClassVar[Reads]
     vanishes: ClassVar[bool] = True
     drawn: ClassVar[bool] = False
     across: ClassVar[bool] = False
+    tasks: ClassVar[tuple[str, ...]] = ()  # all that have what it reads
 
     weight: float = Field(default=1.0, ge=0, description="what it counts in the sum; 0 leaves it out")
 

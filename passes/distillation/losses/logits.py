@@ -202,26 +202,6 @@ class Taid(Divergence):
         own.before.copy_(loss)
 
 
-class Top(Divergence):
-    """KL(p || q) over the teacher's `classes` likeliest and one class for all others: never above the full one.
-
-    With `recalibrate` c both are ``softmax(probability / c)`` over those classes alone, which takes their confidence
-    back; FIRST (Shum et al., arXiv:2408.12168).
-    """
-
-    classes: int = Field(default=5, ge=1, description="how many of the teacher's likeliest")
-    recalibrate: float | None = Field(default=None, gt=0, description="softens their probabilities; left out, not")
-
-    def rows(self, p: Tensor, q: Tensor) -> Tensor:
-        """The divergence of each row: (rows,)."""
-        top = p.topk(min(self.classes, p.shape[-1]), -1).indices
-        p, q = p.gather(-1, top), q.gather(-1, top)
-        if self.recalibrate:
-            return kl(*(one.exp().div(self.recalibrate).log_softmax(-1) for one in (p, q)))
-        rest = [(1 - one.exp().sum(-1)).clamp(min=1e-7) for one in (p, q)]
-        return kl(p, q) + rest[0] * (rest[0] / rest[1]).log()
-
-
 class Sinkhorn(Divergence):
     """What it costs to carry the rows of p to those of q: an entropic plan, costs being L1 distances; SinKD.
 
