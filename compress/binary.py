@@ -39,7 +39,7 @@ Method = Literal["bibert", "bit"]
 class BinaryLinear(nn.Linear):
     """A Linear that computes with the signs of its weights, which are trained; `read` gives the codes of its input."""
 
-    read: nn.Module
+    read: Signs | Elastic
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
@@ -51,7 +51,7 @@ class BinaryLinear(nn.Linear):
 class PackedLinear(nn.Module):
     """A `BinaryLinear` stored: bits (out, bytes), scales (out,)."""
 
-    def __init__(self, inputs: int, outputs: int, bias: nn.Parameter | None, read: nn.Module) -> None:
+    def __init__(self, inputs: int, outputs: int, bias: nn.Parameter | None, read: Signs | Elastic) -> None:
         super().__init__()
         self.in_features, self.out_features = inputs, outputs
         self.bits, self.scale = _empty(outputs, inputs)
@@ -108,7 +108,7 @@ class BinaryAttention(nn.Module):
     Without `weights` it sees those with a score that isn't negative; else those that the codes of the softmax say.
     """
 
-    def __init__(self, queries: nn.Module, keys: nn.Module, values: nn.Module, weights: nn.Module | None) -> None:
+    def __init__(self, queries: Signs | Elastic, keys: nn.Module, values: nn.Module, weights: nn.Module | None) -> None:
         super().__init__()
         self.queries, self.keys, self.values, self.weights = queries, keys, values, weights
         self.packed = False
