@@ -58,6 +58,10 @@ SUITES: dict[str, tuple[str, Callable[[Figures], Iterator[str]]]] = {
         "MiniLM-L6 in ONNX Runtime by precision, each artifact judged by itself",
         quantization.artifacts,
     ),
+    "quantization-binary": (
+        "SST-2: MiniLM-L6 in one bit a weight, and few or one an activation",
+        quantization.binary,
+    ),
     "quantization-exporters-stories15m": (
         "Every exporter on MiniLM-L6 pruned and folded, and stories15M pruned and in 4 bits, unrecovered",
         quantization.exporters,

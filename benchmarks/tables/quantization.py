@@ -45,6 +45,22 @@ def artifacts(found: Figures) -> Iterator[str]:
         )
 
 
+def binary(found: Figures) -> Iterator[str]:
+    """An encoder in one bit a weight; sizes and operations as counted."""
+    yield f"Dense: accuracy {100 * found['dense_accuracy']:.2f} on the dev set; {found['steps']} steps for each stage."
+    yield ""
+    yield "| way | accuracy | of dense | times smaller | G float operations, of dense | G bit operations | minutes |"
+    yield "|---|---|---|---|---|---|---|"
+    for row in found["rows"]:
+        size, floats = row["stored_bytes"], row["float_operations"]
+        yield (
+            f"| {row['way']} | {interval(*(100 * value for value in (row['accuracy'], *row['interval'])), 2)} "
+            f"| {100 * row['accuracy'] / found['dense_accuracy']:.1f} % | {size['before'] / size['after']:.1f} "
+            f"| {floats['after'] / 1e9:.4f} of {floats['before'] / 1e9:.2f} | {row['bit_operations'] / 1e9:.2f} "
+            f"| {row['seconds'] / 60:.0f} |"
+        )
+
+
 def exporters(found: Figures) -> Iterator[str]:
     """Every exporter on models of every kind; times compare within a runtime alone."""
     whole = {(row["model"], row["kind"]): row.get("milliseconds") for row in found["rows"] if row["quantize"] == "none"}
