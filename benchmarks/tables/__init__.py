@@ -81,6 +81,10 @@ SUITES: dict[str, tuple[str, Callable[[Figures], Iterator[str]]]] = {
         "The same packed, in ONNX Runtime with our operators, against its dense float32 and int8",
         sparse.packed,
     ),
+    "sparse-decode-smollm2": (
+        "SmolLM2-135M with zeros packed as bitmaps, writing with its cache",
+        sparse.decode,
+    ),
     "gpu-kernels": ("Kernels for NVIDIA GPUs, by shape, density and rows", sparse.gpu_kernels),
     "gpu-decoders": ("Whole decoders on an NVIDIA GPU, by format and batch", sparse.gpu_decoders),
     "cost": ("Cost of statistics, database and search, and of starting up", structured.cost),

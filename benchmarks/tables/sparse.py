@@ -80,6 +80,20 @@ def packed(found: Figures) -> Iterator[str]:
         yield f"| {row['model']} | {layers} | {accuracy} | " + " | ".join(told) + " |"
 
 
+def decode(found: Figures) -> Iterator[str]:
+    """A decoder's tokens a second, packed against dense."""
+    told = ", ".join(f"{value:.1f} in {runtime}" for runtime, value in found["dense"].items())
+    yield f"Dense, float32: tokens/s {told}."
+    yield ""
+    yield "| runtime | zeros | values kept in | layers packed | tokens/s | of dense |"
+    yield "|---|---|---|---|---|---|"
+    for row in found["rows"]:
+        yield (
+            f"| {row['runtime']} | {100 * row['sparsity']:.0f} % | {row['values']} "
+            f"| {row['packed']} of {row['layers']} | {row['tokens_per_second']:.1f} | {interval(*row['speedup'], 2)} |"
+        )
+
+
 def gpu_kernels(found: Figures) -> Iterator[str]:
     """Products on a GPU: each way beside cuBLAS, and how near it is to the time of fetching its bytes."""
     speed = found["abilities"]["copy_bytes_a_second"]
