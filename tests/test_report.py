@@ -340,6 +340,19 @@ def test_omissions_name_every_gap_with_its_cause() -> None:
     ]
 
 
+def test_layers_left_out_for_one_reason_are_told_together() -> None:
+    made = missed()
+    why = {f"layer.{number}.output": "it is tied." for number in (0, 2, 11)} | {"pooler": "it is tied.", "head": "no"}
+    made["branches"][0]["steps"][1]["figures"]["skipped"] = why
+    told = wording.omissions(check(made))
+    assert "ziplm skipped layer.[0, 2, 11].output, pooler: it is tied." in told
+    assert "ziplm skipped head: no." in told
+
+
+def test_a_figure_that_rounds_to_nothing_has_no_sign() -> None:
+    assert numbers.figure(-1e-9) == "0.0000"
+
+
 def test_nothing_is_left_out_silently_where_all_is_absent(tmp_path: Path) -> None:
     bare = {"schema": 1, "plan": "model: here", "baseline": {}, "branches": [{"name": "only", "promised_speedup": 2.0}]}
     _, text, page = rendered(bare, tmp_path)

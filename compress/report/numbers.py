@@ -52,7 +52,7 @@ def figure(value: float | None) -> str:
     """Write a quality with four significant figures."""
     if value is None:
         return ABSENT
-    return f"{value:.4f}" if abs(value) < 10 else f"{value:.2f}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:z.4f}" if abs(value) < 10 else f"{value:.2f}" if abs(value) < 1000 else f"{value:,.0f}"
 
 
 def interval(limits: Interval | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import PurePath
 
@@ -12,6 +13,7 @@ from compress.contract import FLOAT
 from compress.report.numbers import ABSENT, digits, duration, figure, interval, latency, times
 from compress.report.schema import Artifact, Axis, Branch, Measured, Missed, Report, Step
 
+NUMBERED = re.compile(r"(.*?\.)(\d+)(\..*)")  # a block's layer
 NAMED = 4  # things that a sentence names
 LOWER_IS_BETTER = frozenset({"perplexity", "kl", "loss", "calibration_error"})
 NAMES = {"onnxruntime": "ONNX Runtime", "torch": "PyTorch", "openvino": "OpenVINO", "cpu": "CPU", "cuda": "CUDA"}
@@ -190,7 +192,7 @@ def omissions(report: Report) -> list[str]:
                 found.append(f"{branch.name}: {artifact.kind} {artifact.precision} put aside; {artifact.reason}.")
             if artifact.precision != FLOAT and not artifact.quality:
                 found.append(f"{branch.name}: quality of {artifact.path} {ABSENT}.")
-            found += [f"{artifact.path} left {what}: {why}." for what, why in artifact.figures.skipped.items()]
+            found += [f"{artifact.path} left {what}: {why}." for what, why in by_reason(artifact.figures.skipped)]
             found += [f"{artifact.path}: {warning}" for warning in artifact.figures.warnings]
         found += [f"{branch.name}: {what} not made; {why.rstrip('.')}." for what, why in branch.refused.items()]
         for step in branch.steps:
@@ -219,9 +221,20 @@ def notes(step: Step, branch: str) -> Iterator[str]:
     """What a step skipped, was rejected for, or warns of."""
     if not step.kept:
         yield f"{branch}: {step.name} rejected; {(step.reason or 'the run gives no reason').rstrip('.')}."
-    for what, reason in step.figures.skipped.items():
+    for what, reason in by_reason(step.figures.skipped):
         yield f"{step.name} skipped {what}: {reason.rstrip('.')}."
     yield from (f"{step.name}: {warning}" for warning in step.figures.warnings)
+
+
+def by_reason(skipped: dict[str, str]) -> Iterator[tuple[str, str]]:
+    """What was left out for each reason; names that differ in one number alone as ``layer.[0, 2, 3].output``."""
+    for reason in dict.fromkeys(skipped.values()):
+        alike: dict[tuple[str, ...], list[str]] = {}
+        for name in (name for name, why in skipped.items() if why == reason):
+            before, number, after = numbered.groups() if (numbered := NUMBERED.fullmatch(name)) else (name, "", "")
+            alike.setdefault((before, after), []).append(number)
+        several = {places: many[0] if len(many) == 1 else f"[{', '.join(many)}]" for places, many in alike.items()}
+        yield ", ".join(f"{before}{many}{after}" for (before, after), many in several.items()), reason
 
 
 def details(step: Step) -> dict[str, str]:
