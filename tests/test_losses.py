@@ -306,15 +306,15 @@ def test_a_distribution_that_is_kept_whole_has_all_of_the_divergence(seed):
     torch.testing.assert_close(found, kl(*logs), rtol=1e-4, atol=1e-5)
 
 
-def test_a_clipped_divergence_is_that_of_what_is_left():
+def test_a_clipped_divergence_is_that_of_what_is_left_and_one_class():
     # Of 0.5, 0.25, 0.125, ... the quantiles 0.25 and 0.75 keep half of the first class and all of the second.
     p = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
     q = torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log()
     found = clipped_kl(p, q, torch.tensor([[0.25]]), torch.tensor([[0.75]]))
-    left = torch.tensor([0.5, 0.5]), torch.tensor([0.2, 0.3]) / 0.5
+    left = torch.tensor([0.25, 0.25, 0.5]), torch.tensor([0.2, 0.3, 0.5])
     assert found.item() == pytest.approx(kl(*(one.log() for one in left)).item(), rel=1e-5)
-    first = clipped_kl(p, q, torch.tensor([[0.1]]), torch.tensor([[0.5]]))
-    assert first.item() == pytest.approx(0, abs=1e-6), "a single class has nothing to be compared with"
+    first = clipped_kl(p, q, torch.tensor([[0.0]]), torch.tensor([[0.5]]))
+    assert first.item() == pytest.approx(0.5 * math.log(0.5 / 0.4) + 0.5 * math.log(0.5 / 0.6), rel=1e-5)
 
 
 def test_the_network_that_clips_learns_to_cut_and_leaves_what_it_must():

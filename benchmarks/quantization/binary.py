@@ -1,10 +1,10 @@
 """SST-2: MiniLM-L6 in one bit a weight, its activations in four bits or one, by BiT and BiBERT.
 
-    python -m benchmarks.quantization.binary [--data DATA] [--model DENSE] [--steps 1000]
+    python -m benchmarks.quantization.binary [--data DATA] [--model DENSE] [--steps 1000] [--ways ...]
 
 `--data` is a folder with sst2/train.tsv and sst2/dev.tsv of GLUE (gluebenchmark.com); HF_COMPRESS_DATA is its default.
 `--model` is one that is fine-tuned already. Each stage of activations is trained for as many steps. Sizes and
-operations are counted, and nothing is claimed of speed. A killed run goes on where it was.
+operations are counted, and nothing is claimed of speed. A killed run goes on where it was, and ways can be added.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def plan(given: argparse.Namespace) -> dict[str, Any]:
     start: list[Any] = [] if given.model else [{"finetune": {"epochs": 1}, "id": "dense"}]
     recipe = {"steps": given.steps, "learning_rate": 5e-4, "validate_every": given.steps // 4}
     ways = [
-        {"binarize": {**way, **recipe}, "id": name.replace(" ", "-"), "after": ["dense"] if start else []}
-        for name, way in WAYS.items()
+        {"binarize": {**WAYS[name], **recipe}, "id": name.replace(" ", "-"), "after": ["dense"] if start else []}
+        for name in given.ways
     ]
     target = {"device": "cpu", "runtime": "torch", "batch": 1, "sequence": 64, "threads": 1}
     return {**framed(given, [*start, *ways]), "target": target}
@@ -40,6 +40,7 @@ def main() -> None:
     parser = options(__doc__, "binary")
     parser.add_argument("--model", help="a model that is fine-tuned already, so that it need not be done here")
     parser.add_argument("--steps", type=int, default=1000, help="of training, for each stage")
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     given = parser.parse_args()
     report = compress(plan=plan(given), out=given.out).report
     rows = []

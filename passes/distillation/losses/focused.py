@@ -5,6 +5,7 @@ What they leave out or make light of are the many classes that the teacher itsel
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 POINTS = 16  # ranks 1, 2, 4, ... at which a distribution is read: the last is beyond most vocabularies
+LEAST = 1e-7  # probability of all other classes
 TINY = 1e-30  # a probability so small that its logarithm is still a number in float32
 
 
@@ -35,8 +37,7 @@ class Top(Divergence):
         p, q = p.gather(-1, top), q.gather(-1, top)
         if self.recalibrate:
             return kl(*(one.exp().div(self.recalibrate).log_softmax(-1) for one in (p, q)))
-        rest = [(1 - one.exp().sum(-1)).clamp(min=1e-7) for one in (p, q)]
-        return kl(p, q) + rest[0] * (rest[0] / rest[1]).log()
+        return kl_with_rest(p, q, [1 - one.exp().sum(-1) for one in (p, q)])
 
 
 class TopKd(Divergence):
@@ -92,10 +93,11 @@ class DacKl(Divergence):
     """KL(p || q) where a small learned network finds the teacher's distribution dense; DAC-KL, arXiv:2407.10068.
 
     Of each row's classes, from the likeliest down, those between two quantiles of probability are kept, a class that a
-    quantile falls into by its part inside, and both distributions are scaled to sum to 1 over them. The network reads
-    how much the likeliest 1, 2, 4, ... classes hold together, and says how much to cut at either end; it is trained
-    with the student, by the same loss. At least `mass` stays, or a single class would always be the best cut; at 1
-    it is KL(p || q). A validation is by all of the distribution.
+    quantile falls into by its part inside, and all the rest is one class, as with `top`: scaled to sum to 1 without
+    it, they would leave the student free to put its probability elsewhere. The network reads how much the likeliest 1,
+    2, 4, ... classes hold together, and says how much to cut at either end; it is trained with the student, by the
+    same loss. At least `mass` stays, or cutting all would always be the best; at 1 it is KL(p || q). A validation is
+    by all of the distribution.
 
     It follows the paper's idea, a network that learns the two quantiles through the loss itself; that they are those of
     probability, the floor and what the network is are chosen here.
@@ -148,7 +150,7 @@ def told_apart(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def clipped_kl(p: Tensor, q: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """KL(p || q) between the quantiles `low` and `high` (rows, 1) of p, both scaled to sum to 1 there: (rows,).
+    """KL(p || q) between the quantiles `low` and `high` (rows, 1) of p, all that lies outside being one class: (rows,).
 
     Log-probabilities (rows, classes) stand in the order in which p is counted. Gradients go to q and to the quantiles.
     """
@@ -156,6 +158,10 @@ def clipped_kl(p: Tensor, q: Tensor, low: Tensor, high: Tensor) -> Tensor:
     upto = whole.cumsum(-1)
     inside = (upto.minimum(high) - (upto - whole).maximum(low)).clamp(min=0)
     kept = (inside / whole.clamp(min=TINY)).clamp(max=1).float()
-    logs = kept.clamp(min=TINY).log()
-    mine, theirs = ((one + logs).logsumexp(-1) for one in (q, p))
-    return ((p + logs - theirs[:, None]).exp() * (p - q)).sum(-1) + mine - theirs
+    return kl_with_rest(p, q, [((1 - kept) * one.exp()).sum(-1) for one in (p, q)], kept)
+
+
+def kl_with_rest(p: Tensor, q: Tensor, rest: Sequence[Tensor], kept: Tensor | float = 1.0) -> Tensor:
+    """KL(p || q) of log-probabilities (rows, classes), each by its `kept` part, and one class of `rest` (rows,)."""
+    ours, theirs = (one.clamp(min=LEAST) for one in rest)
+    return (kept * p.exp() * (p - q)).sum(-1) + ours * (ours / theirs).log()
