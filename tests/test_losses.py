@@ -335,6 +335,17 @@ def test_the_network_that_clips_learns_to_cut_and_leaves_what_it_must():
     assert whole == pytest.approx(distance("logits", q, p), rel=1e-5), "a validation is by all of the distribution"
 
 
+def test_by_a_clipped_divergence_the_student_comes_near_in_all_of_the_distribution():
+    q, p, loss = (3 * draw(1, 9, 40)).requires_grad_(), 3 * draw(2, 9, 40), LOSSES["dac_kl"]()
+    own, before = loss.learned(WIDTHS), distance("logits", q.detach(), p)
+    optimizer = torch.optim.Adam([q, *own.parameters()], 0.05)
+    for _ in range(200):
+        optimizer.zero_grad()
+        loss.compare(q, p, own=own).backward()
+        optimizer.step()
+    assert distance("logits", q.detach(), p) < 0.25 * before
+
+
 def test_raised_logits_keep_their_order_and_lead():
     logits = draw(1, 9, 12)
     logits -= logits.mean(-1, keepdim=True)
