@@ -18,8 +18,8 @@ SUITES: dict[str, tuple[str, Callable[[Figures], Iterator[str]]]] = {
         "SST-2: MiniLM-L6 at many speeds, several ways to prune, equal recovery",
         structured.encoder,
     ),
-    "structured-decoder-smollm2": (
-        "SmolLM2-135M with fewer parameters by several ways, equal recovery",
+    "structured-decoder-smollm2-20": (
+        "SmolLM2-135M without a fifth of its parameters by eight ways, equal recovery",
         structured.decoder,
     ),
     "structured-decoder-stories15m": (
