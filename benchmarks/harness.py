@@ -24,8 +24,13 @@ PLACES = (
 VERSIONS = ("torch", "transformers", "onnxruntime", "onnx", "onnxscript", "accelerate", "numpy")
 
 
-def options(doc: str | None, out: str = "", language_model: bool = False) -> argparse.ArgumentParser:
-    """A suite's options with those that suites share: where texts and, if named, what it leaves lie; its model."""
+def options(
+    doc: str | None, out: str = "", language_model: bool = False, tuned: bool = False
+) -> argparse.ArgumentParser:
+    """A suite's options with those that suites share: where texts and, if named, what it leaves lie; its model.
+
+    The model is a language model, which must be given, or one that is `tuned` where none is given.
+    """
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     data = os.environ.get("HF_COMPRESS_DATA")
     made.add_argument("--data", type=Path, default=data, required=data is None, help="folder, or HF_COMPRESS_DATA")
@@ -35,6 +40,8 @@ def options(doc: str | None, out: str = "", language_model: bool = False) -> arg
         made.add_argument("--model", required=True, help="its folder")
         made.add_argument("--name", required=True, help="what the model is called in the results")
         made.add_argument("--source", required=True, help="text below the folder of data")
+    if tuned:
+        made.add_argument("--model", help="a model that is fine-tuned already, so that it need not be done here")
     return made
 
 

@@ -165,7 +165,7 @@ def binarize_(model: PreTrainedModel, layout: Layout, method: Method, embeddings
     if embeddings:
         model.get_input_embeddings().__class__ = BinaryEmbedding
     model.config._attn_implementation = ATTENTION
-    own_record(model)["binary"] = {"method": method, "embeddings": embeddings, "bits": bits}
+    own_record(model)["binary"] = {"method": method, "embeddings": embeddings}
     activate_(model, bits)
 
 

@@ -140,7 +140,10 @@ def print_schema() -> None:
 
 
 def main() -> None:
-    """Run the command line; exit with 2 for the user's mistakes, 1 for ours, 3 where a model is out of reach."""
+    """Run the command line; exit with 2 for the user's mistakes, 1 for ours, 130 when interrupted.
+
+    A run that has made all but what is out of reach exits with 3.
+    """
     words = [word for word in sys.argv[1:] if word != DEBUG]
     sys.exit(_answer(words, debug=len(words) < len(sys.argv) - 1))
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from compress import binary, lowbit
 from compress.families import layout_of
 from compress.memory import stored_bytes, stored_parameters
+from compress.sparse.bsr import Bsr
 from compress.sparse.formats import round_rows
 from compress.sparse.modules import pack_
 from compress.sparse.semi import SemiInt4
@@ -41,13 +42,17 @@ def packing(stored: Callable[[Tensor], Tensor], **options) -> Callable:
     return way
 
 
-def two_of_four(tmp_path: Path):
-    """The format that `pack` has for GPUs, here where it computes without one."""
-    state, weights = sparse(tmp_path, runs={"keep": 2, "of": 4})
-    packed = {name: SemiInt4.pack(one) for name, one in weights.items()}
-    expected = state.model.num_parameters() - sum(int((one.unpack() == 0).sum()) for one in packed.values())
-    pack_(state.model, packed)
-    return state.model, expected
+def for_a_gpu(kind: type[Bsr | SemiInt4], **options) -> Callable:
+    """A format that `pack` has for GPUs, here where it computes without one."""
+
+    def way(tmp_path: Path):
+        state, weights = sparse(tmp_path, **options)
+        packed = {name: kind.pack(one) for name, one in weights.items()}
+        expected = state.model.num_parameters() - sum(int((one.unpack() == 0).sum()) for one in packed.values())
+        pack_(state.model, packed)
+        return state.model, expected
+
+    return way
 
 
 def of_one_bit(method: str) -> Callable:
@@ -94,7 +99,8 @@ WAYS = {
     "bitmap": packing(Tensor.clone, format="bitmap"),
     "bitmap of bfloat16": packing(Tensor.bfloat16, format="bitmap", values="bfloat16"),
     "blocks": packing(lambda weight: round_rows(weight)[0], format="blocks"),
-    "semi_int4": two_of_four,
+    "bsr": for_a_gpu(Bsr, sparsity=0.5),
+    "semi_int4": for_a_gpu(SemiInt4, runs={"keep": 2, "of": 4}),
     **{method: of_one_bit(method) for method in ("bibert", "bit")},
     **{method: of_few_bits(method) for method in ("ternary", "onebit")},
     **{method: by_bitsandbytes(method) for method in ("nf4", "int8")},

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import folder_of, options, record
-from benchmarks.recovery.encoder import TASK, data, framed
+from benchmarks.recovery.encoder import TASK, data, framed, tuned
 from compress import Target, compress
 from compress.checkpoint import load
 from compress.data import Data, DataOptions
@@ -34,8 +34,7 @@ BATCHES = (1, 32)
 
 def plan(given: argparse.Namespace) -> dict[str, Any]:
     """The dense model, and beside it one that goes from speed-up to speed-up, each trained on its grid in the end."""
-    start: list[Any] = [] if given.model else [{"finetune": {"epochs": 1}, "id": "tuned"}]
-    first = {"after": ["tuned"] if start else []}
+    start, after = tuned(given)
     recovery = {"steps": given.steps, "learning_rate": 1e-4, "losses": LOSSES, "validate_every": given.steps // 4}
     stage = [
         {"calibrate": {"samples": 512}},
@@ -45,8 +44,8 @@ def plan(given: argparse.Namespace) -> dict[str, Any]:
     grid = {"steps": given.grid_steps, "learning_rate": 5e-5, "qat": {}, "validate_every": given.grid_steps // 2}
     passes = [
         *start,
-        {"calibrate": {}, "id": "dense", **first},
-        {"vocabulary": {}, **first},
+        {"calibrate": {}, "id": "dense", "after": after},
+        {"vocabulary": {}, "after": after},
         {"gradual": {"speedups": given.speedups, "passes": stage}},
         {"distill": {**recovery, **grid}},
     ]
@@ -88,8 +87,7 @@ def timed(rows: list[dict[str, Any]], batch: int) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     """Run the plan and write results/compound-encoder.json."""
-    parser = options(__doc__, "compound")
-    parser.add_argument("--model", help="a model that is fine-tuned already, so that it need not be done here")
+    parser = options(__doc__, "compound", tuned=True)
     parser.add_argument("--steps", type=int, default=1000, help="of recovery, for each speed-up")
     parser.add_argument("--grid-steps", type=int, default=400, help="of training on the grid, for each model")
     parser.add_argument("--speedups", type=float, nargs="+", default=SPEEDUPS, help="of the structure alone")

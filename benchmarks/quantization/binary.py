@@ -13,7 +13,7 @@ import argparse
 from typing import Any
 
 from benchmarks.harness import options, record
-from benchmarks.recovery.encoder import framed
+from benchmarks.recovery.encoder import framed, tuned
 from compress import compress
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -25,20 +25,16 @@ WAYS: dict[str, dict[str, Any]] = {
 
 def plan(given: argparse.Namespace) -> dict[str, Any]:
     """One fine-tuned model, made binary in every way."""
-    start: list[Any] = [] if given.model else [{"finetune": {"epochs": 1}, "id": "dense"}]
+    start, after = tuned(given)
     recipe = {"steps": given.steps, "learning_rate": 5e-4, "validate_every": given.steps // 4}
-    ways = [
-        {"binarize": {**WAYS[name], **recipe}, "id": name.replace(" ", "-"), "after": ["dense"] if start else []}
-        for name in given.ways
-    ]
+    ways = [{"binarize": {**WAYS[name], **recipe}, "id": name.replace(" ", "-"), "after": after} for name in given.ways]
     target = {"device": "cpu", "runtime": "torch", "batch": 1, "sequence": 64, "threads": 1}
     return {**framed(given, [*start, *ways]), "target": target}
 
 
 def main() -> None:
     """Run the plan and write results/quantization-binary.json."""
-    parser = options(__doc__, "binary")
-    parser.add_argument("--model", help="a model that is fine-tuned already, so that it need not be done here")
+    parser = options(__doc__, "binary", tuned=True)
     parser.add_argument("--steps", type=int, default=1000, help="of training, for each stage")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     given = parser.parse_args()

@@ -53,14 +53,15 @@ def plan(given: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def row_of(way: str, branches: list[dict[str, Any]]) -> dict[str, Any]:
-    """The figures of one way over its seeds."""
+def row_of(way: str, branches: list[dict[str, Any]], elsewhere: list[float]) -> dict[str, Any]:
+    """The figures of one way over its seeds; `elsewhere` are its perplexities on the other corpus."""
     reached = [branch["quality"]["perplexity"] for branch in branches]
     return {
         "way": way,
         "perplexity": mean(reached),
         "spread": stdev(reached) if len(reached) > 1 else 0.0,
-        "perplexity_elsewhere": mean(branch["quality_other"]["perplexity"] for branch in branches),
+        "perplexity_elsewhere": mean(elsewhere),
+        "spread_elsewhere": stdev(elsewhere) if len(elsewhere) > 1 else 0.0,
         "agreement": mean(branch["quality"]["top1_agreement"] for branch in branches),
         "seeds": len(branches),
         "seconds": mean(branch["steps"][-1]["seconds"] for branch in branches),
@@ -82,7 +83,10 @@ def main() -> None:
     pruned = {"perplexity": before["quality_before_recovery"]["perplexity"]}
     pruned["perplexity_elsewhere"] = before["quality_before_recovery_other"]["perplexity"]
     dense = {"perplexity": report["baseline"]["quality"]["perplexity"]}
-    rows = [row_of(way, branches) for way, branches in found.items()]
+    rows = [
+        row_of(way, branches, [branch["quality_other"]["perplexity"] for branch in branches])
+        for way, branches in found.items()
+    ]
     record(f"recovery-decoder-{given.name}", {"steps": given.steps, "dense": dense, "pruned": pruned, "rows": rows})
 
 

@@ -39,6 +39,11 @@ def data(folder: Path) -> dict[str, Any]:
     return {**texts, "text": "sentence", "label": "label", "max_length": 64}
 
 
+def tuned(given: argparse.Namespace) -> tuple[list[Any], list[str]]:
+    """The step that fine-tunes, and what follows it first; neither where a model is given that is fine-tuned."""
+    return ([], []) if given.model else ([{"finetune": {"epochs": 1}, "id": "tuned"}], ["tuned"])
+
+
 def framed(given: argparse.Namespace, passes: list[Any]) -> dict[str, Any]:
     """A plan of these passes for MiniLM-L6 on SST-2, or for the model given."""
     return {
@@ -53,8 +58,8 @@ def framed(given: argparse.Namespace, passes: list[Any]) -> dict[str, Any]:
 
 def plan(given: argparse.Namespace) -> dict[str, Any]:
     """One fine-tuned and pruned model, recovered by every loss with every seed."""
-    start: list[Any] = [
-        *([] if given.model else [{"finetune": {"epochs": 1}}]),
+    start, _ = tuned(given)
+    start += [
         {"calibrate": {"samples": 512}, "id": "statistics"},
         {"ziplm": {"speedups": list(SPEEDUPS), "search": "spdy", "search_trials": 25}, "id": "pruned"},
     ]
@@ -74,8 +79,7 @@ def validated(branch: dict[str, Any], texts: Data) -> float:
 
 def main() -> None:
     """Run the plan and write results/recovery-encoder.json."""
-    parser = options(__doc__, "recovery")
-    parser.add_argument("--model", help="a model that is fine-tuned already, so that it need not be done here")
+    parser = options(__doc__, "recovery", tuned=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     given = parser.parse_args()
     report = compress(plan=plan(given), out=given.out).report

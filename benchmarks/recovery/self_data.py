@@ -11,12 +11,12 @@ killed run goes on where it was, and seeds can be added to a run.
 from __future__ import annotations
 
 import argparse
-from statistics import mean, stdev
 from typing import Any
 
 from transformers import AutoConfig
 
 from benchmarks.harness import folder_of, options, record
+from benchmarks.recovery.decoder import row_of
 from benchmarks.structured.decoder import elsewhere
 from compress import compress
 
@@ -52,21 +52,6 @@ def plan(given: argparse.Namespace) -> dict[str, Any]:
             *ways,
         ],
         "export": ["huggingface"],
-    }
-
-
-def row_of(way: str, branches: list[dict[str, Any]], forgotten: list[float]) -> dict[str, Any]:
-    """The figures of one way over its seeds; `forgotten` are its perplexities on the other text."""
-    reached = [branch["quality"]["perplexity"] for branch in branches]
-    return {
-        "way": way,
-        "perplexity": mean(reached),
-        "spread": stdev(reached) if len(reached) > 1 else 0.0,
-        "perplexity_elsewhere": mean(forgotten),
-        "spread_elsewhere": stdev(forgotten) if len(forgotten) > 1 else 0.0,
-        "agreement": mean(branch["quality"]["top1_agreement"] for branch in branches),
-        "seeds": len(branches),
-        "seconds": mean(branch["steps"][-1]["seconds"] for branch in branches),
     }
 
 

@@ -13,7 +13,7 @@ import argparse
 from typing import Any
 
 from benchmarks.harness import options, record
-from benchmarks.recovery.encoder import framed
+from benchmarks.recovery.encoder import framed, tuned
 from compress import compress
 
 SPARSITIES = (0.5, 0.65, 0.75, 0.8, 0.85, 0.9)
@@ -27,7 +27,7 @@ WAYS: dict[str, tuple[int, dict[str, float]]] = {
 
 def plan(given: argparse.Namespace) -> dict[str, Any]:
     """One fine-tuned model, made sparse in the same stages every way."""
-    start = [] if given.model else [{"finetune": {"epochs": 1}, "id": "dense"}]
+    start, after = tuned(given)
     ways = []
     for name in given.ways:
         block, losses = WAYS[name]
@@ -36,7 +36,7 @@ def plan(given: argparse.Namespace) -> dict[str, Any]:
             {"distill": {"steps": given.steps, "learning_rate": 1e-4, "losses": losses}},
         ]
         gradual = {"sparsities": list(SPARSITIES), "passes": passes}
-        ways.append({"gradual": gradual, "id": slug(name), "after": ["dense"] if start else []})
+        ways.append({"gradual": gradual, "id": slug(name), "after": after})
     return framed(given, [*start, *ways])
 
 
@@ -47,8 +47,7 @@ def slug(name: str) -> str:
 
 def main() -> None:
     """Run the plan and write results/sparse-encoder.json."""
-    parser = options(__doc__, "sparse-encoder")
-    parser.add_argument("--model", help="a model that is fine-tuned already, so that it need not be done here")
+    parser = options(__doc__, "sparse-encoder", tuned=True)
     parser.add_argument("--steps", type=int, default=200, help="of recovery, for each stage")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     given = parser.parse_args()

@@ -26,8 +26,7 @@ SHAPES = ((1, 128), (32, 128), (1, 32))  # batch and sequence
 
 def main() -> None:
     """Pack every stage's model and write results/sparse-packed.json."""
-    parser = options(__doc__, "sparse-encoder")
-    parser.add_argument("--model", help="a model that is fine-tuned already, so that it need not be done here")
+    parser = options(__doc__, "sparse-encoder", tuned=True)
     parser.add_argument("--steps", type=int, default=200, help="of recovery, for each stage")
     given = parser.parse_args()
     given.ways = [WAY]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from benchmarks.tables.words import Figures, interval
+from benchmarks.tables.words import Figures, heading, interval
 
 Row = dict[str, Any]
 
@@ -24,8 +24,9 @@ def compound(found: Figures) -> Iterator[str]:
     whole = [row for row in rows if row["model"] == "dense"]
     yield "Chosen among all by the drop of accuracy on validation, against dense float32 in ONNX Runtime:"
     yield ""
-    yield "| what, and its largest drop | artifact | batch 1 | batch 32 | smaller | accuracy, dev | drop, dev |"
-    yield "|---|---|---|---|---|---|---|"
+    yield from heading(
+        "what, and its largest drop", "artifact", "batch 1", "batch 32", "smaller", "accuracy, dev", "drop, dev"
+    )
     for what, drop, worth in CLAIMS:
         for name, among in (("all", rows), ("dense ones", whole)):
             row = chosen(among, drop, worth)
@@ -35,8 +36,9 @@ def compound(found: Figures) -> Iterator[str]:
                 f"| {100 * row['accuracy']:.2f} | {100 * (1 - row['accuracy'] / dense['accuracy']):.2f} % |"
             )
     yield ""
-    yield "| structure | runtime, weights | MB | ms | batch 1 | batch 32 | accuracy, dev | of dense | on validation |"
-    yield "|---|---|---|---|---|---|---|---|---|"
+    yield from heading(
+        "structure", "runtime, weights", "MB", "ms", "batch 1", "batch 32", "accuracy, dev", "of dense", "on validation"
+    )
     for row in rows:
         accuracy = interval(*(100 * value for value in (row["accuracy"], *row["accuracy_interval"])), 2)
         yield (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from benchmarks.tables.words import Figures, interval
+from benchmarks.tables.words import Figures, heading, interval
 
 
 def weights(found: Figures) -> Iterator[str]:
@@ -15,11 +15,18 @@ def weights(found: Figures) -> Iterator[str]:
         f"{dense['milliseconds']:.0f} ms a request of 64 tokens read and 64 written."
     )
     yield ""
-    yield (
-        "| method | bits | group | layer loss | perplexity | KL to dense | seconds | artifact MB | its perplexity "
-        "| measured |"
+    yield from heading(
+        "method",
+        "bits",
+        "group",
+        "layer loss",
+        "perplexity",
+        "KL to dense",
+        "seconds",
+        "artifact MB",
+        "its perplexity",
+        "measured",
     )
-    yield "|---|---|---|---|---|---|---|---|---|---|"
     for row in found["branches"]:
         made = row["artifact"]
         speed = interval(made["measured_speedup"], made["measured_low"], made["measured_high"], 2)
@@ -32,8 +39,7 @@ def weights(found: Figures) -> Iterator[str]:
 
 def artifacts(found: Figures) -> Iterator[str]:
     """An encoder in every precision."""
-    yield "| weights | ranges | form | MB | ms | measured | STS-B Spearman | worst error |"
-    yield "|---|---|---|---|---|---|---|---|"
+    yield from heading("weights", "ranges", "form", "MB", "ms", "measured", "STS-B Spearman", "worst error")
     for row in found["artifacts"]:
         speed = interval(row["measured_speedup"], row["measured_low"], row["measured_high"], 2)
         static = row.get("quantize") == "int8_static"
@@ -49,8 +55,9 @@ def binary(found: Figures) -> Iterator[str]:
     """An encoder in one bit a weight; sizes and operations as counted."""
     yield f"Dense: accuracy {100 * found['dense_accuracy']:.2f} on the dev set; {found['steps']} steps for each stage."
     yield ""
-    yield "| way | accuracy | of dense | times smaller | G float operations, of dense | G bit operations | minutes |"
-    yield "|---|---|---|---|---|---|---|"
+    yield from heading(
+        "way", "accuracy", "of dense", "times smaller", "G float operations, of dense", "G bit operations", "minutes"
+    )
     for row in found["rows"]:
         size, floats = row["stored_bytes"], row["float_operations"]
         yield (
@@ -64,8 +71,7 @@ def binary(found: Figures) -> Iterator[str]:
 def exporters(found: Figures) -> Iterator[str]:
     """Every exporter on models of every kind; times compare within a runtime alone."""
     whole = {(row["model"], row["kind"]): row.get("milliseconds") for row in found["rows"] if row["quantize"] == "none"}
-    yield "| model | exporter | weights | MB | speed of its runtime's float32 | worst error |"
-    yield "|---|---|---|---|---|---|"
+    yield from heading("model", "exporter", "weights", "MB", "speed of its runtime's float32", "worst error")
     for row in found["rows"]:
         told = f"| {row['model']} | {row['kind']} | {row['quantize'].replace('none', '-')} | "
         if "refused" in row:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from benchmarks.tables.words import Figures, interval
+from benchmarks.tables.words import Figures, heading, interval
 
 
 def recovered(found: Figures) -> Iterator[str]:
     """A pruned classifier, by the losses that recovered it."""
     yield f"Dense: accuracy {100 * found['dense_accuracy']:.2f} on the dev set; {found['steps']} steps for each row."
     yield ""
-    yield "| speed-up | losses | accuracy before | accuracy, mean of seeds | their deviation | seeds | on validation |"
-    yield "|---|---|---|---|---|---|---|"
+    yield from heading(
+        "speed-up", "losses", "accuracy before", "accuracy, mean of seeds", "their deviation", "seeds", "on validation"
+    )
     for row in found["rows"]:
         yield (
             f"| {row['speedup']} | {row['losses']} | {100 * row['accuracy_before']:.2f} | {100 * row['accuracy']:.2f} "
@@ -28,8 +29,9 @@ def shortened(found: Figures) -> Iterator[str]:
         f"on the other corpus {pruned['perplexity_elsewhere']:.1f}; then {found['steps']} steps for each row."
     )
     yield ""
-    yield "| way | perplexity, mean of seeds | their deviation | seeds | on the other corpus | agreement with dense |"
-    yield "|---|---|---|---|---|---|"
+    yield from heading(
+        "way", "perplexity, mean of seeds", "their deviation", "seeds", "on the other corpus", "agreement with dense"
+    )
     for row in found["rows"]:
         yield (
             f"| {row['way']} | {row['perplexity']:.2f} | {row['spread']:.2f} | {row['seeds']} "
@@ -49,8 +51,9 @@ def own_answers(found: Figures) -> Iterator[str]:
         f"{dense['perplexity_elsewhere']:.1f}."
     )
     yield ""
-    yield "| trained | perplexity | deviation | on the other text | deviation | kept of dense | agreement | seeds |"
-    yield "|---|---|---|---|---|---|---|---|"
+    yield from heading(
+        "trained", "perplexity", "deviation", "on the other text", "deviation", "kept of dense", "agreement", "seeds"
+    )
     for row in found["rows"]:
         yield (
             f"| {row['way']} | {row['perplexity']:.2f} | {row['spread']:.2f} | {row['perplexity_elsewhere']:.1f} "
@@ -64,8 +67,9 @@ def chunked(found: Figures) -> Iterator[str]:
     """Losses without logits."""
     yield f"{found['tokens']:,} tokens, {found['classes']:,} classes, width {found['width']}, float32, one thread."
     yield ""
-    yield "| loss | head trained | plain s | in slices s | of plain | plain MiB | in slices MiB | of plain |"
-    yield "|---|---|---|---|---|---|---|---|"
+    yield from heading(
+        "loss", "head trained", "plain s", "in slices s", "of plain", "plain MiB", "in slices MiB", "of plain"
+    )
     for row in found["rows"]:
         plain, sliced = (row[f"{way}_bytes"] / 2**20 for way in ("plain", "sliced"))
         yield (
@@ -82,11 +86,16 @@ def cached(found: Figures) -> Iterator[str]:
         f"{found['pruned']['test_perplexity']:.2f}; then {found['tokens']:,} tokens of recovery for each row."
     )
     yield ""
-    yield (
-        "| by | perplexity | of online KL's | KL to the dense model | bytes a token | of all logits in fp16 "
-        "| s a step | of labels' |"
+    yield from heading(
+        "by",
+        "perplexity",
+        "of online KL's",
+        "KL to the dense model",
+        "bytes a token",
+        "of all logits in fp16",
+        "s a step",
+        "of labels'",
     )
-    yield "|---|---|---|---|---|---|---|---|"
     labels, online = found["ways"][:2]
     for row in found["ways"]:
         stored = "- | -"
@@ -105,8 +114,9 @@ def drafts(found: Figures) -> Iterator[str]:
     yield f"The whole: {dense['parameters'] / 1e6:.1f} M parameters, perplexity {dense['quality']['perplexity']:.2f}."
     yield f"{steps}; tokens/s in torch on one thread."
     yield ""
-    yield "| way | parameters | perplexity | accepted | tokens a run | tokens/s alone | tokens/s with it | speed-up |"
-    yield "|---|---|---|---|---|---|---|---|"
+    yield from heading(
+        "way", "parameters", "perplexity", "accepted", "tokens a run", "tokens/s alone", "tokens/s with it", "speed-up"
+    )
     for row in found["drafts"]:
         speed = interval(row["speedup"]["value"], row["speedup"]["low"], row["speedup"]["high"], 2)
         yield (

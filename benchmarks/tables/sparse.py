@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from benchmarks.tables.words import Figures, interval
+from benchmarks.tables.words import Figures, heading, interval
 
 
 def oneshot(found: Figures) -> Iterator[str]:
@@ -12,8 +12,7 @@ def oneshot(found: Figures) -> Iterator[str]:
     dense = interval(*(found["dense"][name] for name in ("perplexity", "low", "high")), 2)
     yield f"Dense: perplexity {dense}. Calibration: {found['calibration_tokens']:,} tokens. No recovery."
     yield ""
-    yield "| pattern | method | zeros | perplexity | of dense | seconds |"
-    yield "|---|---|---|---|---|---|"
+    yield from heading("pattern", "method", "zeros", "perplexity", "of dense", "seconds")
     for row in found["rows"]:
         worse = row["perplexity"] / found["dense"]["perplexity"]
         yield (
@@ -27,8 +26,7 @@ def sparse_encoder(found: Figures) -> Iterator[str]:
     dense = found["dense_accuracy"]
     yield f"Dense: accuracy {100 * dense:.2f} on the dev set; {found['steps']} steps of recovery at each stage."
     yield ""
-    yield "| recovered by | zeros | accuracy | points to dense |"
-    yield "|---|---|---|---|"
+    yield from heading("recovered by", "zeros", "accuracy", "points to dense")
     for row in found["rows"]:
         accuracy = interval(*(100 * value for value in (row["accuracy"], *row["interval"])), 2)
         yield f"| {row['way']} | {100 * row['zeros']:.1f} % | {accuracy} | {100 * (row['accuracy'] - dense):+.2f} |"
@@ -43,11 +41,18 @@ def kernels(found: Figures) -> Iterator[str]:
         "[The roofline](results/sparse-kernels.svg)."
     )
     yield ""
-    yield (
-        "| kernel | zeros | inputs x outputs | rows | us, 10 to 90 % | best dense | its us | ratio | of the peak "
-        "| pays below density |"
+    yield from heading(
+        "kernel",
+        "zeros",
+        "inputs x outputs",
+        "rows",
+        "us, 10 to 90 %",
+        "best dense",
+        "its us",
+        "ratio",
+        "of the peak",
+        "pays below density",
     )
-    yield "|---|---|---|---|---|---|---|---|---|---|"
     evens = {(row["kernel"], row["inputs"], row["outputs"], row["rows"]): row["density"] for row in found["break_even"]}
     for row in found["rows"]:
         if row["density"] != {"blocks": 0.1, "bitmap": 0.3, "bitmap16": 0.3}[row["kernel"]]:
@@ -68,8 +73,7 @@ def packed(found: Figures) -> Iterator[str]:
     shapes = list(found["rows"][0]["timings"])
     yield "One thread; milliseconds of a call, and how many times faster than the dense model in float32."
     yield ""
-    yield "| zeros in runs of four | packed layers | accuracy | " + " | ".join(f"{one} tokens" for one in shapes) + " |"
-    yield "|---|---|---|" + "---|" * len(shapes)
+    yield from heading("zeros in runs of four", "packed layers", "accuracy", *(f"{one} tokens" for one in shapes))
     for row in found["rows"]:
         told = []
         for timing in row["timings"].values():
@@ -85,8 +89,7 @@ def decode(found: Figures) -> Iterator[str]:
     told = ", ".join(f"{value:.1f} in {runtime}" for runtime, value in found["dense"].items())
     yield f"Dense, float32: tokens/s {told}."
     yield ""
-    yield "| runtime | zeros | values kept in | layers packed | tokens/s | of dense |"
-    yield "|---|---|---|---|---|---|"
+    yield from heading("runtime", "zeros", "values kept in", "layers packed", "tokens/s", "of dense")
     for row in found["rows"]:
         yield (
             f"| {row['runtime']} | {100 * row['sparsity']:.0f} % | {row['values']} "
@@ -100,8 +103,9 @@ def gpu_kernels(found: Figures) -> Iterator[str]:
     rate = found["abilities"]["gemm_operations_a_second"]
     yield f"{found['card']}: copies of {speed / 1e12:.2f} TB/s, products of bfloat16 of {rate / 1e12:.0f} TFLOP/s."
     yield ""
-    yield "| way | outputs x inputs | density | rows | us | of cuBLAS's speed | of the bandwidth | worst error |"
-    yield "|---|---|---|---|---|---|---|---|"
+    yield from heading(
+        "way", "outputs x inputs", "density", "rows", "us", "of cuBLAS's speed", "of the bandwidth", "worst error"
+    )
     places = ("outputs", "inputs", "rows")
     dense = {tuple(row[one] for one in places): row["milliseconds"] for row in found["rows"] if row["way"] == "dense"}
     for row in found["rows"]:
@@ -118,8 +122,7 @@ def gpu_decoders(found: Figures) -> Iterator[str]:
     """Whole decoders on a GPU, each way beside the dense one."""
     yield f"{found['card']}. Tokens a second over the whole batch; a step is a replayed graph, dense and packed alike."
     yield ""
-    yield "| decoder | batch | way | tokens/s | of dense |"
-    yield "|---|---|---|---|---|"
+    yield from heading("decoder", "batch", "way", "tokens/s", "of dense")
     dense = {(row["decoder"], row["batch"]): row["tokens_a_second"] for row in found["rows"] if row["way"] == "dense"}
     for row in found["rows"]:
         speed = row["tokens_a_second"]

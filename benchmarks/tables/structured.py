@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from benchmarks.tables.words import Figures, interval
+from benchmarks.tables.words import Figures, heading, interval
 
 
 def demo(found: Figures) -> Iterator[str]:
     """The sentence encoder."""
     speed = interval(found["measured_speedup"], found["measured_low"], found["measured_high"], 2)
-    yield "| promised | measured | dense ms | ms | cosine before recovery | cosine | STS-B dense | STS-B | seconds |"
-    yield "|---|---|---|---|---|---|---|---|---|"
+    yield from heading(
+        "promised", "measured", "dense ms", "ms", "cosine before recovery", "cosine", "STS-B dense", "STS-B", "seconds"
+    )
     stsb = [f"{100 * found[name]['value']:.2f}" if name in found else "not measured" for name in ("stsb_dense", "stsb")]
     yield (
         f"| {found['promised_speedup']:g}x | {speed} | {found['dense_milliseconds']:.2f} | {found['milliseconds']:.2f} "
@@ -25,8 +26,9 @@ def encoder(found: Figures) -> Iterator[str]:
     dense = found["dense_accuracy"]
     yield f"Dense: accuracy {100 * dense:.2f} on the dev set, {found['dense_milliseconds']:.2f} ms at batch 1."
     yield ""
-    yield "| method | promised | measured | at batch 32 | recovery steps | accuracy before | accuracy | of dense |"
-    yield "|---|---|---|---|---|---|---|---|"
+    yield from heading(
+        "method", "promised", "measured", "at batch 32", "recovery steps", "accuracy before", "accuracy", "of dense"
+    )
     for row in found["branches"]:
         speed = interval(row["measured_speedup"], row["measured_low"], row["measured_high"], 2)
         yield (
@@ -41,11 +43,16 @@ def decoder(found: Figures) -> Iterator[str]:
     """The language model: methods by share of parameters."""
     yield f"Recovery: {found['recovery_tokens']:,} tokens for each row."
     yield ""
-    yield (
-        "| method | parameters gone | parameters | perplexity before | perplexity | on the other corpus "
-        "| tokens/s, ONNX Runtime | tokens/s, torch |"
+    yield from heading(
+        "method",
+        "parameters gone",
+        "parameters",
+        "perplexity before",
+        "perplexity",
+        "on the other corpus",
+        "tokens/s, ONNX Runtime",
+        "tokens/s, torch",
     )
-    yield "|---|---|---|---|---|---|---|---|"
     for row in [{**found["dense"], "method": "dense", "share": 0.0}, *found["branches"]]:
         before = f"{row['perplexity_before']:.1f}" if "perplexity_before" in row else "-"
         yield (
@@ -57,7 +64,6 @@ def decoder(found: Figures) -> Iterator[str]:
 
 def cost(found: Figures) -> Iterator[str]:
     """What pruning and importing cost."""
-    yield "| what | figure |"
-    yield "|---|---|"
+    yield from heading("what", "figure")
     for what, figure in found.items():
         yield f"| {what} | {figure:.3g} |"

@@ -7,6 +7,7 @@ torch. None has a gradient.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from ctypes import c_long
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from compress import bits as counting
 from compress.sparse.bsr import Bsr
-from compress.sparse.device import Kernels, kernels_on
+from compress.sparse.device import Argument, Kernels, kernels_on
 from compress.sparse.formats import WORD, Bitmap
 from compress.sparse.ops import NAMESPACE, library
 from compress.sparse.semi import SemiInt4
@@ -37,35 +38,24 @@ library.define("seen_product(Tensor seen, Tensor values) -> Tensor")
 def bitmap_product(kernels: Kernels, x: Tensor, packed: Bitmap, bias: Tensor | None = None) -> Tensor:
     """``x W^T + bias`` of x (..., in), in the values' type: (..., out)."""
     count = packed.bits.shape[1]
+    held = (packed.bits.contiguous(), packed.starts.contiguous(), _aligned(packed.values))
     rows, bias = _prepared(x, count * WORD, packed.values.dtype, bias)
-    result = rows.new_empty(len(rows), packed.shape[0])
-    if result.numel():
-        sizes = (_is_half(rows), len(rows), packed.shape[0], count, c_long(len(packed.values)))
-        held = (packed.bits.contiguous(), packed.starts.contiguous(), _aligned(packed.values))
-        kernels("bitmap", result, *sizes, rows, *held, bias)
-    return result.view(*x.shape[:-1], -1)
+    return _product(kernels, "bitmap", x, rows, packed.shape[0], (count, c_long(len(packed.values))), held, bias)
 
 
 def semi_int4_product(kernels: Kernels, x: Tensor, packed: SemiInt4, bias: Tensor | None = None) -> Tensor:
     """``x W^T + bias`` of x (..., in), in the scale's type: (..., out)."""
+    held = (_aligned(packed.codes), _aligned(packed.positions), packed.scale.contiguous())
     rows, bias = _prepared(x, packed.width, packed.scale.dtype, bias)
-    result = rows.new_empty(len(rows), packed.shape[0])
-    if result.numel():
-        sizes = (_is_half(rows), len(rows), packed.shape[0], packed.width, packed.group)
-        held = (_aligned(packed.codes), _aligned(packed.positions), packed.scale.contiguous())
-        kernels("semi", result, *sizes, rows, *held, bias)
-    return result.view(*x.shape[:-1], -1)
+    return _product(kernels, "semi", x, rows, packed.shape[0], (packed.width, packed.group), held, bias)
 
 
 def bsr_product(kernels: Kernels, x: Tensor, packed: Bsr, bias: Tensor | None = None) -> Tensor:
     """``x W^T + bias`` of x (..., in), in the tiles' type: (..., out)."""
+    order = (packed.order.contiguous(), packed.starts.contiguous(), packed.places.contiguous())
     rows, bias = _prepared(x, packed.width, packed.tiles.dtype, bias)
-    result = rows.new_empty(len(rows), packed.shape[0])
-    if result.numel():
-        sizes = (_is_half(rows), len(rows), packed.shape[0], packed.width, packed.side)
-        held = (packed.order.contiguous(), packed.starts.contiguous(), packed.places.contiguous())
-        kernels("bsr", result, *sizes, rows, *held, _aligned(packed.tiles), bias)
-    return result.view(*x.shape[:-1], -1)
+    sizes, held = (packed.width, packed.side), (*order, _aligned(packed.tiles))
+    return _product(kernels, "bsr", x, rows, packed.shape[0], sizes, held, bias)
 
 
 def signs_linear_product(
@@ -75,11 +65,8 @@ def signs_linear_product(
     filled = _aligned(_filled(bits, ALIGNED))
     kind = x.dtype if x.dtype in HALVES else torch.bfloat16
     rows, bias = _prepared(x, filled.shape[1] * 8, kind, bias)
-    result = rows.new_empty(len(rows), len(bits))
-    if result.numel():
-        sizes = (_is_half(rows), len(rows), len(bits), filled.shape[1] // 4)
-        kernels("signs_linear", result, *sizes, rows, filled, scale.float().contiguous(), bias)
-    return result.view(*x.shape[:-1], -1)
+    held = (filled, scale.float().contiguous())
+    return _product(kernels, "signs_linear", x, rows, len(bits), (filled.shape[1] // 4,), held, bias)
 
 
 def counted_product(kernels: Kernels, a: Tensor, b: Tensor, count: int | None) -> Tensor:
@@ -90,6 +77,23 @@ def counted_product(kernels: Kernels, a: Tensor, b: Tensor, count: int | None) -
         sizes = (count is None, len(left), a.shape[-2], b.shape[-2], left.shape[-1] // 4, count or 0)
         kernels("counted", result, *map(int, sizes), left, right)
     return result
+
+
+def _product(
+    kernels: Kernels,
+    name: str,
+    x: Tensor,
+    rows: Tensor,
+    outputs: int,
+    sizes: Sequence[Argument],
+    held: Sequence[Tensor],
+    bias: Tensor | None,
+) -> Tensor:
+    """What a kernel makes of the prepared rows of x (..., in) and a matrix that is `held`: (..., out)."""
+    result = rows.new_empty(len(rows), outputs)
+    if result.numel():
+        kernels(name, result, int(rows.dtype == torch.float16), len(rows), outputs, *sizes, rows, *held, bias)
+    return result.view(*x.shape[:-1], -1)
 
 
 def _prepared(x: Tensor, width: int, kind: torch.dtype, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -108,10 +112,6 @@ def _filled(bits: Tensor, each: int) -> Tensor:
     """Rows of bytes, filled up with zeros to multiples of so many."""
     lacking = -bits.shape[-1] % each
     return (F.pad(bits.detach(), (0, lacking)) if lacking else bits.detach()).contiguous()
-
-
-def _is_half(rows: Tensor) -> int:
-    return int(rows.dtype == torch.float16)
 
 
 def _bitmap_card(x: Tensor, bits: Tensor, starts: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
