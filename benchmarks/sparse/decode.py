@@ -24,7 +24,8 @@ def plan(given: argparse.Namespace, runtime: str) -> dict[str, Any]:
     passes: list[dict[str, Any]] = []
     for sparsity in given.sparsities:
         sparse = f"sparse-{sparsity:g}"
-        passes.append({"sparsify": {"method": "magnitude", "sparsity": sparsity}, "id": sparse, "after": []})
+        zeros = {"method": "magnitude", "sparsity": sparsity, "samples": 4, "batch_size": 4}
+        passes.append({"sparsify": zeros, "id": sparse, "after": []})
         for values in given.values:
             pack = {"format": "bitmap", "values": values}
             passes.append({"pack": pack, "id": f"{sparse}-{values}", "after": [sparse]})
