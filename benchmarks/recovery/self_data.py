@@ -65,11 +65,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     given = parser.parse_args()
     report = compress(plan=plan(given), out=given.out).report
-    other, rows = given.data / given.other, []
+    other, answers = given.data / given.other, {}
+    found: dict[str, list[dict[str, Any]]] = {start: [] for start in WAYS.values()}
+    for branch in report["branches"]:
+        own = next((step["figures"] for step in branch["steps"] if step["pass"] == "self_data"), None)
+        found["rewritten" if own else "pruned"].append(branch)
+        answers = own or answers
+    rows = []
     for way, start in WAYS.items():
-        branches = [branch for branch in report["branches"] if branch["name"].rpartition("-")[0] == start]
-        rows.append(row_of(way, branches, [elsewhere(folder_of(one, "huggingface"), other) for one in branches]))
-    steps = [step for branch in report["branches"] for step in branch["steps"] if step["pass"] == "self_data"]
+        forgotten = [elsewhere(folder_of(branch, "huggingface"), other) for branch in found[start]]
+        rows.append(row_of(way, found[start], forgotten))
     dense = {"perplexity": report["baseline"]["quality"]["perplexity"]}
     dense["perplexity_elsewhere"] = elsewhere(given.model, other)
     figures = {
@@ -77,7 +82,7 @@ def main() -> None:
         "epochs": given.epochs,
         "dense": dense,
         "pruned": {"perplexity": report["branches"][0]["quality_before_recovery"]["perplexity"]},
-        "answers": {key: steps[0]["figures"][key] for key in ("rewritten", "kept")},
+        "answers": {key: answers[key] for key in ("rewritten", "kept")},
         "rows": rows,
     }
     record(f"recovery-self-data-{given.name}", figures)
