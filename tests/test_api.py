@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,8 @@ def test_the_others_are_made_and_exported_where_one_speedup_is_out_of_reach(
     assert "500x is out of reach on this target" in missed["reason"]
     assert 1 < missed["fastest"] < 500
     assert f"500x: not made; {missed['reason']}." in (tmp_path / "out" / "report.md").read_text()
-    assert "missed: 500x (out of reach" in capfd.readouterr().err.replace("\n", " ")
+    # So small a model may miss its 1.05x by the clock, and is then named first.
+    assert re.search(r"missed: .*500x \(out of reach", capfd.readouterr().err.replace("\n", " "))
 
 
 def test_a_foreign_package_of_our_name_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
