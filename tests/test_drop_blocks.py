@@ -18,8 +18,9 @@ from compress.measure import Ratio
 from compress.plan import Plan
 from compress.tasks import TASKS
 from passes.pruning.depth.drop_blocks import DropBlocks
-from passes.pruning.depth.removal import by_angle, by_influence, by_loss, candidates, likelihood_loss, removed, without
+from passes.pruning.depth.removal import by_angle, by_influence, by_loss, candidates, likelihood, removed, without
 from passes.pruning.depth.scores import angular_distances, greedily, influence, nearest_range
+from passes.pruning.widths.sensitivity import HIDDEN, relative_error
 from passes.watch import first_of, last_of
 from tests.conftest import GENERATING, TINY, assert_one_model, precise
 from tests.paper import Paper, state_of
@@ -103,9 +104,12 @@ def test_greed_weighs_anew_after_each_removal():
     """Two parts that do the same: either can go for nothing, but not both."""
 
     def loss(gone):
-        return 5.0 * ({"a", "b"} <= set(gone)) + 1.0 * ("c" in gone) + 0.5 * ("b" in gone)
+        return 5.0 * ({"a", "b"} <= gone) + 1.0 * ("c" in gone) + 0.5 * ("b" in gone)
 
-    assert list(greedily(["b", "a", "c"], loss)) == [("a", 0.0), ("c", 1.0), ("b", 6.5)]
+    def losses(gone, left):
+        return {part: loss({*gone, part}) for part in left}
+
+    assert list(greedily(["b", "a", "c"], losses)) == [("a", 0.0), ("c", 1.0), ("b", 6.5)]
 
 
 @pytest.mark.parametrize(
@@ -205,7 +209,8 @@ def test_greed_on_a_language_model_is_by_likelihood(tmp_path):
     for part in parts:
         with torch.no_grad(), without(state.model, state.layout, [part]):
             found[part] = float(state.model(**batches[0]).loss)
-            assert likelihood_loss(state.model, batches, 1) == pytest.approx(found[part], rel=1e-5)
+            loss, tokens = likelihood(state.model, batches[0], 1)
+            assert loss / tokens == pytest.approx(found[part], rel=1e-5)
     gone, scores = by_loss(state, parts, batches)(1)
     assert gone == [min(found, key=found.__getitem__)]
     assert scores == pytest.approx([min(found.values())])
@@ -218,7 +223,27 @@ def test_a_masked_language_model_is_judged_at_its_labels(tmp_path):
     labels = torch.where(torch.arange(9) % 4 == 1, batch["input_ids"], -100)
     with torch.no_grad():
         expected = float(state.model(**batch, labels=labels).loss)
-        assert likelihood_loss(state.model, [{**batch, "labels": labels}], 0) == pytest.approx(expected, rel=1e-5)
+        loss, tokens = likelihood(state.model, {**batch, "labels": labels}, 0)
+        assert loss / tokens == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("parts", ["blocks", "sub-blocks"])
+@pytest.mark.parametrize("name", TINY)
+def test_greed_finds_what_whole_runs_find(name, parts, tmp_path):
+    state = state_of(TINY[name], tmp_path)
+    names, batches = candidates(state.layout, parts, 1, 0)[:4], batches_of(state)
+    dense, gone = HIDDEN.read(state.model, batches[0]), []
+
+    def loss(part):
+        with torch.no_grad(), without(state.model, state.layout, [*gone, part]):
+            return float(relative_error(HIDDEN.read(state.model, batches[0]), dense).mean())
+
+    found, scores = by_loss(state, names, batches)(len(names))
+    for part, score in zip(found, scores, strict=True):
+        losses = {one: loss(one) for one in names if one not in gone}
+        assert score == pytest.approx(losses[part], rel=1e-3, abs=1e-7)
+        assert losses[part] <= min(losses.values()) * 1.001 + 1e-7
+        gone.append(part)
 
 
 # What may go

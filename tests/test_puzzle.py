@@ -15,11 +15,11 @@ from compress.families import layout_of
 from compress.latency import Curve, Table
 from compress.linear import linearise
 from compress.record import record_of
-from passes import PASSES
+from passes import PASSES, watch
 from passes.pruning.amounts import counted
 from passes.pruning.replace.local import Local, examples_of, fit_linear, library, normalised_error
 from passes.pruning.replace.mip import choose
-from passes.pruning.replace.replacement import cached_tokens, milliseconds, replacement_scores
+from passes.pruning.replace.replacement import cached_tokens, distance, milliseconds, replacement_scores, with_one
 from passes.pruning.replace.variants import Variant, contributions, importance, offered, place_, twin
 from tests.conftest import TINY, answer, assert_one_model, precise
 from tests.paper import EVERYTHING, PER_UNIT, Paper, state_of
@@ -209,12 +209,16 @@ def test_the_fit_finds_a_linear_map():
 
 @pytest.mark.parametrize("state", ["llama", "bert", "bert-classifier"], indirect=True)
 def test_the_parent_scores_nothing_and_others_something(state):
-    batches = list(state.data.batches("calibration", 16))
-    made = library(state, {"heads": (0.5, "none"), "columns": (0.5, "none")}, batches, 0, 1e-3)
-    scores = replacement_scores(state, made.variants, batches)
+    batch = next(iter(state.data.batches("calibration", 16)))
+    made = library(state, {"heads": (0.5, "none"), "columns": (0.5, "none")}, [batch], 0, 1e-3)
+    scores = replacement_scores(state, made.variants, [batch])
     for name, row in scores.items():
         assert row[-1] == 0
         assert (row[:-1] > 0).all(), name
+        for variant, score in zip(made.variants[name], row, strict=True):
+            with torch.no_grad():
+                runs = [watch.answer(model, batch) for model in (state.model, with_one(state, name, variant))]
+            assert score == pytest.approx(distance(*runs, batch), rel=1e-4, abs=1e-8)
     whole = [variants[-1] for variants in made.variants.values()]
     assert all(variant.name == "whole" for variant in whole)
 

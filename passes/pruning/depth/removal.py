@@ -20,8 +20,19 @@ from compress.progress import track
 from compress.state import State
 from compress.statistics import frozen
 from passes.pruning.depth.scores import angular_distances, greedily, influence, nearest_range
-from passes.pruning.widths.sensitivity import HIDDEN, change, restored
-from passes.watch import Call, answer, blocks_of, first_of, last_of, real_tokens, stepped_over, watched
+from passes.pruning.widths.sensitivity import HIDDEN, restored
+from passes.watch import (
+    Call,
+    answer,
+    blocks_of,
+    first_of,
+    last_of,
+    real_tokens,
+    recalled,
+    remembered,
+    stepped_over,
+    watched,
+)
 
 Batches = Sequence[dict[str, Tensor]]
 Choice = tuple[list[str], list[float]]  # the parts to remove and their scores
@@ -135,20 +146,35 @@ def by_loss(state: State, parts: Sequence[str], batches: Batches) -> Choose:
     """The parts that cost least when removed one by one, each time the cheapest; the scores are the losses thereafter.
 
     The loss is the negative log likelihood of a token where a language model has labels, and else the relative squared
-    error of the last hidden states.
+    error of the last hidden states. Blocks before the one that is weighed give what they gave, and those that are gone
+    already are not run.
     """
-    model, layout = state.model, state.layout
+    model, layout, blocks = state.model, state.layout, blocks_of(state.layout)
     labelled = state.task.packs and all("labels" in batch for batch in batches)
     with frozen(model):
-        dense = [] if labelled else [HIDDEN.read(model, batch) for batch in batches]
+        dense = [None if labelled else HIDDEN.read(model, batch) for batch in batches]
 
-    def loss(gone: Sequence[str]) -> float:
-        with frozen(model), without(model, layout, gone):
-            if labelled:
-                return likelihood_loss(model, batches, shift=int(state.task.name == "text-generation"))
-            return change((HIDDEN.read(model, batch) for batch in batches), dense, HIDDEN.distance)
+    def loss(batch: dict[str, Tensor], whole: Tensor | None) -> tuple[float, int]:
+        if whole is None:
+            return likelihood(model, batch, shift=int(state.task.name == "text-generation"))
+        change = HIDDEN.distance(HIDDEN.read(model, batch), whole)
+        return float(change.sum()), change.numel()
 
-    order, taken = greedily(parts, loss), list[tuple[str, float]]()
+    def losses(gone: Sequence[str], left: Sequence[str]) -> dict[str, float]:
+        sums, counts = dict.fromkeys(left, 0.0), dict.fromkeys(left, 0)
+        for batch, whole in zip(batches, dense, strict=True):
+            with frozen(model), without(model, layout, gone), remembered(model, blocks) as outputs:
+                loss(batch, whole)
+            for part in track(left, f"weigh removal {len(gone) + 1}", len(left)):
+                block = layout.axes[part].block if part in layout.axes else part
+                idle = {*blocks[: blocks.index(block)], *gone} & outputs.keys()
+                known = {name: outputs[name] for name in idle}
+                with frozen(model), without(model, layout, [*gone, part]), recalled(model, known):
+                    value, tokens = loss(batch, whole)
+                sums[part], counts[part] = sums[part] + value, counts[part] + tokens
+        return {part: sums[part] / max(counts[part], 1) for part in left}
+
+    order, taken = greedily(parts, losses), list[tuple[str, float]]()
 
     def choose(count: int) -> Choice:
         taken.extend(islice(order, max(0, count - len(taken))))
@@ -157,11 +183,8 @@ def by_loss(state: State, parts: Sequence[str], batches: Batches) -> Choose:
     return choose
 
 
-def likelihood_loss(model: PreTrainedModel, batches: Batches, shift: int) -> float:
-    """The mean negative log likelihood of labelled tokens; with `shift` 1, of those that follow."""
-    total = tokens = 0.0
-    for batch in batches:
-        targets = batch["labels"].to(model.device)[:, shift:]
-        sums = token_columns(answer(model, batch).logits[:, : targets.shape[1]], targets, None)
-        total, tokens = total + float(sums["loss"].sum()), tokens + float(sums["tokens"].sum())
-    return total / max(tokens, 1.0)
+def likelihood(model: PreTrainedModel, batch: dict[str, Tensor], shift: int) -> tuple[float, int]:
+    """Negative log likelihood, summed, and number of labelled tokens; with `shift` 1, of those that follow."""
+    targets = batch["labels"].to(model.device)[:, shift:]
+    sums = token_columns(answer(model, batch).logits[:, : targets.shape[1]], targets, None)
+    return float(sums["loss"].sum()), int(sums["tokens"].sum())

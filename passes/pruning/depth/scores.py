@@ -6,14 +6,12 @@ the vectors nearly agree: blocks that change nothing are at zero to the bit, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import pi
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-
-from compress.progress import track
 
 
 def influence(before: Tensor, after: Tensor) -> Tensor:
@@ -38,14 +36,16 @@ def nearest_range(distances: Tensor, length: int, first: int, last: int) -> tupl
     return min((float(distances[start, start + length]), start) for start in range(first, last - length + 1))
 
 
-def greedily(parts: Sequence[str], loss: Callable[[Sequence[str]], float]) -> Iterator[tuple[str, float]]:
+def greedily(
+    parts: Sequence[str], losses: Callable[[Sequence[str], Sequence[str]], Mapping[str, float]]
+) -> Iterator[tuple[str, float]]:
     """Yield, one after the other, the part whose removal leaves the least loss, and that loss.
 
-    `loss` tells what the model loses without the given parts; it is asked anew of all that are left after every
-    removal. SLEB, arXiv:2402.09025.
+    `losses` tells, for what is gone already and what is left, what the model loses by each part that goes as well; it
+    is asked anew after every removal. SLEB, arXiv:2402.09025.
     """
-    removed: list[str] = []
-    while left := [part for part in parts if part not in removed]:
-        losses = {part: loss([*removed, part]) for part in track(left, f"weigh removal {len(removed) + 1}", len(left))}
-        removed.append(min(losses, key=losses.__getitem__))
-        yield removed[-1], losses[removed[-1]]
+    gone: list[str] = []
+    while left := [part for part in parts if part not in gone]:
+        found = losses(gone, left)
+        gone.append(min(left, key=found.__getitem__))
+        yield gone[-1], found[gone[-1]]

@@ -12,7 +12,6 @@ product of value and output, or of up and down projections), and where a token a
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -25,10 +24,10 @@ from transformers import PreTrainedModel
 from compress.errors import LayoutError
 from compress.layout import Axis
 from compress.progress import track
-from compress.runtimes.torch import uncached
 from compress.state import State
 from compress.statistics import frozen, real_rows
 from passes.pruning.replace.variants import Batch, Offer, Variant, importance, offered, place_, put_, twin
+from passes.watch import answer
 
 DAMPING = 0.01  # of the mean of the diagonal, so that inputs hardly seen get no large weights
 TINY = 1e-12
@@ -42,13 +41,6 @@ class Example:
     kwargs: dict[str, Any] = field(default_factory=dict)
     mask: Tensor | None = None
     outputs: dict[str, Tensor] = field(default_factory=dict)
-
-
-def run_whole(model: PreTrainedModel, batch: Batch) -> Any:
-    """The outputs of a model for a batch without its labels, and without a cache that a second call would find."""
-    known = inspect.signature(model.forward).parameters
-    given = {name: one.to(model.device) for name, one in batch.items() if name in known and name != "labels"}
-    return model(**given, **uncached(model))
 
 
 def examples_of(model: PreTrainedModel, axes: Sequence[Axis], batches: Sequence[Batch]) -> list[Example]:
@@ -70,7 +62,7 @@ def examples_of(model: PreTrainedModel, axes: Sequence[Axis], batches: Sequence[
             hooks.callback(handle.remove)
         for batch in batches:
             example = Example(mask=batch.get("attention_mask"))
-            run_whole(model, batch)
+            answer(model, batch)
             found.append(example)
     return found
 

@@ -22,25 +22,33 @@ from compress.state import State
 from compress.statistics import frozen
 from passes.distillation.losses import logit_kl
 from passes.pruning.amounts import counted
-from passes.pruning.replace.local import run_whole
 from passes.pruning.replace.variants import Batch, Variant, place_, twin
 from passes.pruning.widths.database import matrix, projection
 from passes.pruning.widths.sensitivity import relative_change
+from passes.watch import answer, blocks_of, recalled, remembered
 
 Variants = Mapping[str, Sequence[Variant]]  # the variants of each axis, the whole one last
 
 
 def replacement_scores(state: State, variants: Variants, batches: Sequence[Batch]) -> dict[str, np.ndarray]:
-    """For each axis the score of its variants (variants,), meaned over the texts of all batches."""
+    """For each axis the score of its variants (variants,), meaned over the texts of all batches.
+
+    Blocks before the one that differs give what they gave in the parent.
+    """
+    blocks = blocks_of(state.layout)
     scores = {axis: np.zeros(len(row)) for axis, row in variants.items()}
     texts = [len(next(iter(batch.values()))) for batch in batches]
     with frozen(state.model):
         for batch, count in zip(track(batches, "replace one block", len(batches)), texts, strict=True):
-            parent = run_whole(state.model, batch)
+            with remembered(state.model, blocks) as outputs:
+                parent = answer(state.model, batch)
             for axis, row in variants.items():
+                block = state.layout.axis(axis).block
+                earlier = {name: outputs[name] for name in blocks[: blocks.index(block) if block else 0]}
                 for index, variant in enumerate(row[:-1]):  # the last is the parent's own
-                    child = run_whole(with_one(state, axis, variant), batch)
-                    scores[axis][index] += distance(parent, child, batch) * count / sum(texts)
+                    child = with_one(state, axis, variant)
+                    with recalled(child, earlier):
+                        scores[axis][index] += distance(parent, answer(child, batch), batch) * count / sum(texts)
     return scores
 
 
