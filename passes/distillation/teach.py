@@ -27,7 +27,7 @@ class Teach(Pass):
     requires: ClassVar[frozenset[Fact]] = frozenset({TEACHER})
 
     samples: int = Field(
-        default=64, ge=0, le=2**14, description="tokens drawn from each prediction; as few classes are stored whole"
+        default=256, ge=0, le=2**14, description="tokens drawn from each prediction; as few classes are stored whole"
     )
     temperature: float = Field(default=1.0, gt=0, description="softens what is drawn from; that of the loss")
     proposal: float = Field(
