@@ -105,6 +105,10 @@ def bench(
             f"{path!s:<{width}}  {told}{ratio:6.3f}x  (95 %: {low:.3f}..{high:.3f})"
             f"{'  clock too coarse for this' if timing.quantised else ''}"
         )
+    if timings[0].crowded:
+        typer.echo(
+            f"Others had the cores for {timings[0].waited:.0%} of the time it was measured in: measure it alone."
+        )
 
 
 @app.command()

@@ -5,7 +5,7 @@ nothing else, pinned to the least busy cores, with as many threads as the target
 round in shuffled order, so that a slow moment slows all of them; a ratio is computed within the rounds, and rounds go
 on until the ratios are known to a percent or the time is up. A timed run follows an untimed one of the same artifact:
 in service a model finds its weights in the cache where they fit, and here the others have just thrown them out. Medians
-that snap to the scheduler's ticks are told.
+that snap to the scheduler's ticks are told, and so is how long the process stood in line for its cores.
 
 Where the target generates, a run is a whole request, prompt and every token, nothing extrapolated. All but its first
 token find the weights at hand, so it follows no untimed run.
@@ -40,25 +40,35 @@ WARM_UP = 3
 FEWEST_ROUNDS = 10
 TIGHT = 0.01  # half-width of a ratio's interval, as a share of the ratio, at which measuring ends
 CONFIDENCE = 0.95
+CROWDED = 0.1  # share of the time spent in line for a core, above which times are doubted
 TICK_MS = 4.0  # the scheduler's tick on common Linux kernels
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Times of one artifact: the median with its interval, and the time of every round (milliseconds)."""
+    """Times of one artifact: the median with its interval, and the time of every round (milliseconds).
+
+    `waited` is the share of the measurement for which a thread stood in line while others had its core, where known.
+    """
 
     milliseconds: float
     low: float
     high: float
     samples: tuple[float, ...]
     quantised: bool
+    waited: float | None = None
+
+    @property
+    def crowded(self) -> bool:
+        """Whether others took the cores so often that times may be too long, and ratios of them wrong."""
+        return self.waited is not None and self.waited > CROWDED
 
     @classmethod
-    def of(cls, samples: Sequence[float], seed: int = 0) -> Timing:
+    def of(cls, samples: Sequence[float], waited: float | None = None, seed: int = 0) -> Timing:
         """Summarise the times of all rounds; the interval is a bootstrap of the median."""
         times = np.asarray(samples, dtype=np.float64)
         low, high = _interval(np.median(_drawn(times[None], seed, 1000)[0], axis=1))
-        return cls(float(np.median(times)), low, high, tuple(times.tolist()), quantised(times))
+        return cls(float(np.median(times)), low, high, tuple(times.tolist()), quantised(times), waited)
 
 
 class Ratio(NamedTuple):
@@ -138,7 +148,7 @@ def measure(
         answer = json.loads(answered.read_text())
     if "error" in answer:
         raise TargetError(answer["error"])
-    return [Timing.of(samples) for samples in answer["samples"]]
+    return [Timing.of(samples, answer["waited"]) for samples in answer["samples"]]
 
 
 def interleave(
@@ -174,6 +184,15 @@ def pin(threads: int) -> None:
         busy = psutil.cpu_percent(interval=0.2, percpu=True)
         cores = sorted(available_cores(), key=lambda core: busy[core] if core < len(busy) else 0.0)
         os.sched_setaffinity(0, cores[:threads])
+
+
+def in_line() -> float | None:
+    """Seconds that threads of this process stood in line for a core so far; None where the system doesn't tell."""
+    try:
+        told = [Path(task, "schedstat").read_text().split() for task in Path("/proc/self/task").iterdir()]
+    except OSError:
+        return None
+    return sum(int(waited) for _, waited, _ in told) / 1e9
 
 
 def _widest(times: np.ndarray) -> float:
@@ -218,7 +237,11 @@ def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
                 calls.append(session.ready(inputs))
             else:
                 calls.append(partial(session.generate, inputs["input_ids"], target.generate))
-        return {"samples": interleave(calls, **bounds, warm=target.generate is None)}
+        start, before = time.monotonic(), in_line()
+        samples = interleave(calls, **bounds, warm=target.generate is None)
+        took, after = time.monotonic() - start, in_line()
+        waited = None if before is None or after is None else (after - before) / took / target.threads
+        return {"samples": samples, "waited": waited}
     except CompressError as error:
         return {"error": str(error)}
 

@@ -163,7 +163,8 @@ def _timed(run: Run, target: Target, artifacts: Sequence[Path]) -> dict[Path, Ti
 
 def _told(timing: Timing, target: Target) -> dict[str, Any]:
     """A timing as the report keeps it, without the time of every round."""
-    rest = {"low": timing.low, "high": timing.high, "rounds": len(timing.samples), "quantised": timing.quantised}
+    rest: dict[str, Any] = {"low": timing.low, "high": timing.high, "rounds": len(timing.samples)}
+    rest |= {"quantised": timing.quantised, "waited": timing.waited, "crowded": timing.crowded}
     rate = target.tokens_per_second(timing.milliseconds)
     return {"milliseconds": timing.milliseconds, "tokens_per_second": rate, "timing": rest}
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
@@ -40,6 +45,21 @@ def test_measuring_tells_the_larger_from_the_smaller(tmp_path):
     assert ratio.low < 1.5
     assert ratio.high > 0.67
     assert speedup(timings[2], timings[0]).value > 2  # nine times the work
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="the system doesn't tell who stood in line")
+def test_measuring_tells_that_others_had_the_core(tmp_path):
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(cores)})  # which the processes below inherit
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        (timing,) = measure([product(tmp_path / "a.onnx", 256)], Target(), seconds=2.0)
+    finally:
+        busy.kill()
+        busy.wait()
+        os.sched_setaffinity(0, cores)
+    assert 0.2 < timing.waited < 0.9
+    assert timing.crowded
 
 
 def test_measuring_says_what_went_wrong(tmp_path):

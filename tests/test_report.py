@@ -128,8 +128,7 @@ def single() -> dict[str, Any]:
 def missed() -> dict[str, Any]:
     rejected = branch("4x", 4.0, 3.71, cause="the fastest model the database holds is 3.74x")
     rejected["steps"][2] |= {"kept": False, "reason": "cosine on validation fell; the weights before it were taken"}
-    rejected["timing"]["quantised"] = True
-    rejected["warnings"] = ["another process was busy while it was timed."]
+    rejected["timing"] |= {"quantised": True, "waited": 0.31, "crowded": True}
     return report(branch("1.5x", 1.5, 1.52), branch("2x", 2.0, 2.03), branch("3x", 3.0, 3.02), rejected)
 
 
@@ -335,7 +334,7 @@ def test_omissions_name_every_gap_with_its_cause() -> None:
         "2x: quality (spearman) not measured.",
         "4x: 4x promised, 3.71x [3.67, 3.75] measured; the fastest model the database holds is 3.74x.",
         "4x: its times snap to steps, so its latency is less sure than the interval says.",
-        "4x: another process was busy while it was timed.",
+        "4x: others had the cores for 31% of the time that it was measured; measure it alone.",
         "4x: distill rejected; cosine on validation fell; the weights before it were taken.",
     ]
 

@@ -113,6 +113,8 @@ class Timing(Record):
     low: float = Field(gt=0, description="milliseconds; lower end of the median's interval")
     high: float = Field(gt=0, description="milliseconds; upper end of the median's interval")
     quantised: bool = Field(False, description="whether the times snap to steps, and so doubt the median")
+    waited: float | None = Field(None, ge=0, description="share of the time spent in line for a core that others had")
+    crowded: bool = Field(False, description="whether that was so much that times may be too long")
 
 
 class Measured(Record):

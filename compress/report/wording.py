@@ -214,6 +214,8 @@ def doubts(model: Measured) -> Iterator[str]:
     """Why a reader should doubt the figures of a model."""
     if model.timing and model.timing.quantised:
         yield "its times snap to steps, so its latency is less sure than the interval says."
+    if model.timing and model.timing.crowded and model.timing.waited is not None:
+        yield f"others had the cores for {model.timing.waited:.0%} of the time that it was measured; measure it alone."
     yield from model.warnings
 
 
