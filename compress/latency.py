@@ -34,7 +34,7 @@ from compress.runtimes import RUNTIMES
 from compress.runtimes.torch import TorchRuntime
 from compress.target import Target
 
-VERSION = 5  # raised when the same model on the same machine would be measured otherwise
+VERSION = 6  # raised when the same model on the same machine would be measured otherwise
 SHRINK = 0.9  # each offered size of a feed-forward layer is about this share of the one before
 MOST_MEASURED = 14  # sizes of an axis that are timed; those between are interpolated
 MOST_HEADS = 17

@@ -74,6 +74,25 @@ def test_onnx_equals_torch_on_other_shapes(name, tmp_path):
         assert_no_slow_norm_comes_back(tmp_path)
 
 
+@pytest.mark.parametrize("name", QUICK)
+def test_what_an_emptied_layer_adds_is_not_repeated_for_each_token(name, tmp_path):
+    model = TINY[name].build()
+    layout = layout_of(model)
+    for stack in layout.stacks:
+        layout.drop(model, stack, range(2))
+    layout = layout_of(model)
+    for axis in [axis for axis in layout.axes.values() if axis.units and not axis.least][-2:]:
+        layout = layout.cut(model, axis.name, [])
+        for site in axis.readers:
+            if (bias := getattr(model.get_submodule(site.module), "bias", None)) is not None:
+                torch.nn.init.normal_(bias)
+    session = open_artifact(ONNX.build(model, TINY[name].example(2, 9), tmp_path), Target())
+    assert_same(session, model, TINY[name].example(3, 14))
+    graph = onnx_ir.load(tmp_path / "model.onnx").graph
+    repeats = [node for node in graph if node.op_type == "Expand" and node.inputs[0].is_initializer()]
+    assert not [node for node in repeats if node.inputs[0].const_value.shape.rank() == 1]
+
+
 @pytest.mark.parametrize("name", [one if one == "bert" else pytest.param(one, marks=pytest.mark.slow) for one in QUICK])
 def test_openvino_equals_torch_on_other_shapes(name, tmp_path):
     model = TINY[name].build()

@@ -64,6 +64,42 @@ def split_skip_norms(graph: ir.Graph) -> None:
         graph.remove(node, safe=True)
 
 
+def fold_repeated(graph: ir.Graph) -> None:
+    """Let what an emptied layer adds, a bias repeated for every token, cost as little as it can.
+
+    It goes into the shift of the norm before, with the sum, where only this sum reads that norm, as in models with
+    their norms after the residual sums. Elsewhere the sum itself repeats it.
+    """
+    for node in [node for node in graph if node.op_type in ("Add", "Sum") and len(node.inputs) == 2]:
+        for place, value in enumerate(node.inputs):
+            repeat, other = value.producer() if value else None, node.inputs[1 - place]
+            bias = repeat.inputs[0] if repeat is not None and repeat.op_type == "Expand" else None
+            if repeat is None or bias is None or bias.const_value is None or bias.const_value.shape.rank() != 1:
+                continue
+            if other is not None and _shifted(graph, other, bias, node.outputs[0]):
+                graph.remove(node, safe=True)
+            else:
+                node.replace_input_with(place, bias)
+            if not repeat.outputs[0].uses():
+                graph.remove(repeat, safe=True)
+            break
+
+
+def _shifted(graph: ir.Graph, normed: ir.Value, bias: ir.Value, total: ir.Value) -> bool:
+    """Add a bias to what a norm gives, in place of the sum of the two, if nothing else reads either; whether it is."""
+    norm = normed.producer()
+    shift = norm.inputs[2] if norm is not None and norm.op_type == "LayerNormalization" else None
+    seen = len(normed.uses()) > 1 or normed.is_graph_output() or total.is_graph_output()
+    if norm is None or shift is None or shift.const_value is None or bias.const_value is None or seen:
+        return False
+    moved = ir.tensor(shift.const_value.numpy() + bias.const_value.numpy(), name=f"{shift.name}.{bias.name}")
+    both = ir.val(moved.name, const_value=moved)
+    graph.register_initializer(both)
+    norm.replace_input_with(2, both)
+    ir.convenience.replace_all_uses_with(total, normed)
+    return True
+
+
 def share_weights(graph: ir.Graph) -> None:
     """Keep one initializer of each value.
 

@@ -120,7 +120,13 @@ class OnnxRuntime(Runtime):
         """
         from transformers.exporters import OnnxConfig, OnnxExporter
 
-        from compress.runtimes.graph import forget_weights, name_dimensions, share_weights, split_skip_norms
+        from compress.runtimes.graph import (
+            fold_repeated,
+            forget_weights,
+            name_dimensions,
+            share_weights,
+            split_skip_norms,
+        )
         from compress.sparse.library import onnx_library
         from compress.sparse.modules import as_nodes
 
@@ -144,6 +150,7 @@ class OnnxRuntime(Runtime):
                     exported = OnnxExporter().export(model, dict(given), config=config)
                     graph = exported.program.graph
                     split_skip_norms(graph)
+                    fold_repeated(graph)
                     share_weights(graph)
                     if config is named:
                         name_dimensions(graph, decoder.name_cache(graph) if cache else DYNAMIC)
@@ -170,7 +177,7 @@ class OnnxRuntime(Runtime):
         from transformers.exporters.onnxruntime_fusions import fuse_for_onnxruntime
         from transformers.exporters.utils import apply_patches
 
-        from compress.runtimes.graph import forget_weights, split_skip_norms
+        from compress.runtimes.graph import fold_repeated, forget_weights, split_skip_norms
 
         path = path.with_suffix(".onnx")
         try:
@@ -181,6 +188,7 @@ class OnnxRuntime(Runtime):
                     raise ExportError(f"onnx: {type(module).__name__} gave no graph")
                 fuse_for_onnxruntime(program.model, "cpu")
                 split_skip_norms(program.model.graph)
+                fold_repeated(program.model.graph)
                 onnx_ir.save(program.model, str(path), external_data=f"{path.name}.data")
                 forget_weights(program.model.graph)
         except FAILURES as error:
